@@ -1,0 +1,69 @@
+"""Simulated labelers: sample K = 4..9 answers per prompt from the fine-tuned model, and rank them as people would.
+
+Each labeler sees the gold score through habits of their own: a noise level, a liking for long answers, and a scale of
+half points, so that answers they cannot tell apart are tied. Two labelers agree on about 73% of the pairs that neither
+ties (InstructGPT: 72.6 +- 1.5%). The reward model sees the ranks alone, never the gold score.
+
+    python data/labelers.py                          OUT/sft.pt + OUT/data/rank_*.jsonl -> OUT/data/ranked_*.jsonl
+    python data/labelers.py --show 3                 and print three ranked prompts
+"""
+import argparse, json, os, random, sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import gpt, sft
+from data import village
+
+LABELERS = 12
+
+
+def habits(seed):
+    """[(noise, liking per word)]: the noise level was set once so that labelers agree with each other on 73% of pairs."""
+    rng = random.Random(seed)
+    return [(rng.uniform(0.35, 0.75), rng.gauss(0.01, 0.01)) for _ in range(LABELERS)]
+
+
+def opinions(task, answers, habit, rng):
+    """A labeler's scores of the answers, in half points."""
+    noise, liking = habit
+    return [round(2 * (village.gold(task, a) + rng.gauss(0, noise) + liking * len(a.split()))) / 2 for a in answers]
+
+
+def ranks_of(scores):
+    """Scores -> ranks: 1 is best, equal scores share a rank."""
+    levels = sorted(set(scores), reverse=True)
+    return [levels.index(s) + 1 for s in scores]
+
+
+def rank(model, enc, prompts, seed=0, max_new_tokens=64):
+    """-> records {"prompt", "responses", "ranks", "scores", "labeler", "ranks_other", ...}; ranks_other is a second labeler's."""
+    rng, people = random.Random(seed), habits(seed)
+    sizes = [rng.randint(4, 9) for _ in prompts]
+    chats = [p["prompt"] for p, k in zip(prompts, sizes) for _ in range(k)]
+    answers = []
+    for start in range(0, len(chats), 1024):
+        answers += sft.reply(model, enc, chats[start:start + 1024], max_new_tokens, seed=seed + start)
+    records, it = [], iter(answers)
+    for p, k in zip(prompts, sizes):
+        mine = [next(it) for _ in range(k)]
+        one, two = rng.sample(range(LABELERS), 2)
+        scores = opinions(p["task"], mine, people[one], rng)
+        other = ranks_of(opinions(p["task"], mine, people[two], rng))
+        if len(set(scores)) > 1:
+            records.append({**p, "responses": mine, "ranks": ranks_of(scores), "scores": scores, "labeler": one, "ranks_other": other})
+    return records
+
+
+def ensure(out, seed=0, device="auto"):
+    """Paths of the ranked training and validation files, made from OUT/sft.pt when they are missing."""
+    folder = village.ensure(Path(out) / "data", seed)
+    paths = [folder / "ranked_train.jsonl", folder / "ranked_val.jsonl"]
+    if not all(p.exists() for p in paths):
+        print(f"no ranked answers in {folder}: sampling them from {Path(out) / 'sft.pt'} and asking the labelers")
+        model, enc, _ = gpt.load_model(Path(out) / "sft.pt", gpt.pick_device(device))
+        for path, name in zip(paths, ("rank_train", "rank_val")):
+            records = rank(model, enc, [json.loads(line) for line in open(folder / f"{name}.jsonl")], seed)
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+            os.replace(part, path)
+    return [str(p) for p in paths]

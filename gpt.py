@@ -1,0 +1,644 @@
+"""A GPT in one file: tokenizer, model, generation with a KV cache, checkpoints, next-token pretraining.
+
+Idea. A language model learns to speak by guessing the next token of a great deal of text. The loss of a text
+x_1 .. x_T is
+
+    L = -1/(T-1) * sum_t log p(x_{t+1} | x_1 .. x_t)                      a causal model: p never sees x_{t+1}
+
+and the model is GPT-2's: token + position embeddings, then n_layer blocks of
+
+    x = x + attention(layernorm(x))        softmax(q k' / sqrt(d)) v over the positions to the left
+    x = x + mlp(layernorm(x))              4C wide, tanh GELU
+
+a last LayerNorm, and logits read off with the token embedding itself (tied weights).
+
+    python gpt.py                                    pretrain on the embedded village (made on the first run)
+    python gpt.py --data my.txt --out out/mine       on any UTF-8 text: a file, or a folder of *.txt
+    python gpt.py --sample "Tom went to the"         continue a text with the checkpoint that is there
+
+On two CPU cores the village takes about a minute and a half. Read next: sft.py.
+
+Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary. `logits[:, t]` predicts `ids[:, t+1]`.
+Padding stands on the right, in training and in generation: a causal model's real tokens never see it.
+"""
+import argparse, ast, base64, dataclasses, difflib, hashlib, inspect, json, math, os, random, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Config:
+    data: str = ""
+    "a UTF-8 text file, or a folder of *.txt (one source each); empty: the village, in OUT/data/pretrain"
+    mixture: str = ""
+    "how often each source is drawn, such as 'books=2,web=1'; empty: mixture.json of the folder, else by size"
+    out: str = "out"
+    "folder of this run: checkpoints, metrics and generated data; use one folder per seed"
+    tokenizer: str = ""
+    "a file made by data/bpe.py or a tiktoken name such as gpt2; empty: the village's 1024 tokens, fit for any text"
+    init_from: str = ""
+    "a folder with GPT-2 weights in Hugging Face's layout to start from; it decides the five sizes below"
+    n_layer: int = 4
+    "depth; 4 x 128 learns the village, 6 x 384 wants a GPU"
+    n_head: int = 4
+    "attention heads; must divide n_embd"
+    n_embd: int = 128
+    "width; time grows with its square"
+    block_size: int = 128
+    "context in tokens; prompt and answer of every later stage must fit in it"
+    dropout: float = 0.0
+    "0 when each text is seen about once; 0.1 to 0.2 when a small text is seen many times"
+    steps: int = 2000
+    "optimizer steps; 1 to 2 epochs of the text are the usual amount"
+    batch_tokens: int = 1024
+    "tokens per step; small steps, and many, teach a tiny model fastest; 100k and more for 100M parameters"
+    lr: float = 4e-3
+    "peak learning rate of AdamW; 3e-3 below 1M parameters, 6e-4 at 100M"
+    schedule: str = "cosine"
+    "cosine (down to a tenth) or constant; both after a short warmup"
+    weight_decay: float = 0.1
+    "on matrices only"
+    val_fraction: float = 0.05
+    "the tail of each source that is kept for validation"
+    eval_every: int = 250
+    "steps between two looks at the validation loss"
+    sample: str = ""
+    "a text to continue with OUT/gpt.pt; nothing is trained"
+    seed: int = 0
+    "same seed, same machine, same run"
+    device: str = "auto"
+    "auto, cpu, cuda or mps"
+
+
+class UserError(ValueError):
+    """A mistake a user can mend. Its text says what, where, and what to type; `run` prints it as one line."""
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of a GPT-2. `vocab_size` counts the special tokens, `block_size` is the longest sequence."""
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.write(layer, k, v)                                   # (B, H, S, D), S >= T
+        if T > 1 or cache is None:
+            # A cache is filled once, from empty, so a long input starts at position 0 and plain causality is right.
+            y = F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], is_causal=True,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible())
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))          # GPT-2's GELU is the tanh form
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.drop(self.attn(self.ln_1(x), cache, layer))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, tied embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise UserError(f"--n-embd {config.n_embd} is no multiple of --n-head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        for name, p in self.named_parameters():
+            # GPT-2's init. Residual projections are scaled down so that depth does not blow up the stream; peaked
+            # logits at the start would also meet denormal numbers, which a CPU multiplies 100 times slower.
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        # Our one departure: positions start as sines, so that "the token before" looks alike everywhere and copying is
+        # learned from 1M tokens instead of 3M (measured). They are trained like any other weight.
+        angle = torch.arange(config.block_size)[:, None] * 10_000 ** -(torch.arange(0, config.n_embd, 2) / config.n_embd)
+        self.wpe.weight.data[:, 0::2], self.wpe.weight.data[:, 1::2] = 0.05 * angle.sin(), 0.05 * angle.cos()
+
+    def hidden(self, ids, cache=None):
+        """(B, T) token ids -> (B, T, C) states after the last LayerNorm: what every head reads."""
+        B, T = ids.shape
+        if T > self.config.block_size:
+            raise UserError(f"a sequence of {T} tokens is longer than the context of {self.config.block_size}")
+        positions = torch.arange(T, device=ids.device) if cache is None or T > 1 else cache.lengths[:, None]
+        x = self.drop(self.wte(ids) + self.wpe(positions))                    # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        return self.ln_f(x)
+
+    def forward(self, ids):
+        """(B, T) -> logits (B, T, V)."""
+        return F.linear(self.hidden(ids), self.wte.weight)
+
+    # Hugging Face's GPT-2 stores the four matrices of a block as (in, out): the transpose of nn.Linear.
+    TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read GPT-2 weights (config.json and model.safetensors or pytorch_model.bin) from a local folder."""
+        folder = Path(folder)
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: no config.json there; --init-from wants a folder in Hugging Face's GPT-2 layout")
+        raw = json.loads((folder / "config.json").read_text())
+        model = cls(GPTConfig(raw["vocab_size"], raw["n_positions"], raw["n_layer"], raw["n_head"], raw["n_embd"]))
+        if (folder / "model.safetensors").exists():
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise UserError(f"{folder}/model.safetensors needs one more package: pip install safetensors") from None
+            weights = load_file(folder / "model.safetensors")
+        elif (folder / "pytorch_model.bin").exists():
+            weights = load_checkpoint(folder / "pytorch_model.bin")
+        else:
+            raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+        weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
+        model.load_state_dict({k: weights[k].T if k.endswith(cls.TRANSPOSED) else weights[k]
+                               for k in model.state_dict()})
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and pytorch_model.bin that transformers' GPT2LMHeadModel reads."""
+        c, folder = self.config, Path(folder)
+        weights = {"transformer." + k: (v.T if k.endswith(self.TRANSPOSED) else v).cpu().contiguous()
+                   for k, v in self.state_dict().items()}
+        save_checkpoint(folder / "pytorch_model.bin", **weights, **{"lm_head.weight": weights["transformer.wte.weight"]})
+        (folder / "config.json").write_text(json.dumps(dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, activation_function="gelu_new",
+            layer_norm_epsilon=1e-5, tie_word_embeddings=True), indent=1))
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for rows of different lengths: right padding, no left padding.
+
+    `lengths[b]` is the position the next token of row b takes. Prefill writes a padded block; the garbage a short
+    row leaves behind its end is overwritten by its own next tokens before it can be seen.
+    """
+
+    def __init__(self, config, B, S, device, dtype):
+        shape = (config.n_layer, B, config.n_head, S, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)               # (L, B, H, S, D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(B, dtype=torch.long, device=device)        # (B,)
+        self.longest = 0                      # max of lengths, kept on the host: asking a GPU each step would stall it
+
+    def write(self, layer, k, v):
+        T = k.shape[2]
+        if T > 1:
+            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
+        else:
+            rows = torch.arange(len(k), device=k.device)
+            self.k[layer, rows, :, self.lengths] = k[:, :, 0]
+            self.v[layer, rows, :, self.lengths] = v[:, :, 0]
+        end = max(T, self.longest + 1)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]           # (B, H, end, D)
+
+    def visible(self):
+        """(B, 1, 1, S): a row's new token sees the positions up to and including its own."""
+        return (torch.arange(self.longest + 1, device=self.k.device) <= self.lengths[:, None])[:, None, None]
+
+    def keep(self, rows):
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+
+def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
+    """(B, V) -> (B,) token ids. temperature 0 takes the most likely; top_k, then top_p, cut the tail first."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)                                                # (B, V)
+    if top_p is not None:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        # A token goes when those above it already hold top_p: the one that crosses the line stays, so one always does.
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    return torch.multinomial(probs, 1, generator=rng)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
+    """Continue a ragged batch of prompts. Returns one list of new ids per prompt, the stop token included if reached.
+
+    prompts: list of non-empty id lists. A row ends at `stop`, after max_new_tokens, or at the end of the context.
+    Raises UserError for an empty prompt or one that leaves no room in the context.
+    """
+    config, device, B = model.config, model.wte.weight.device, len(prompts)
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    for i, p in enumerate(prompts):
+        if not 0 < len(p) < config.block_size:
+            raise UserError(f"prompt {i + 1} has {len(p)} tokens; the context of {config.block_size} wants "
+                            f"1 to {config.block_size - 1}: shorten it, or train with a larger --block-size")
+    was_training = model.training
+    model.eval()
+    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+    lengths = [len(p) for p in prompts]
+    ids = pad([torch.tensor(p) for p in prompts], 0).to(device)               # (B, T)
+    cache = KVCache(config, B, min(config.block_size, max(lengths) + max_new_tokens), device, model.wte.weight.dtype)
+    states = model.hidden(ids, cache)                                         # (B, T, C)
+    cache.lengths, cache.longest = torch.tensor(lengths, device=device), max(lengths)
+    states = states[torch.arange(B, device=device), cache.lengths - 1]        # (B, C), the last real token of each row
+    new, alive = [[] for _ in prompts], list(range(B))
+    while True:
+        tokens = sample_tokens(F.linear(states, model.wte.weight), temperature, top_k, top_p, rng)
+        keep = []
+        for row, token in enumerate(tokens.tolist()):
+            i = alive[row]
+            new[i].append(token)
+            if token != stop and len(new[i]) < max_new_tokens and lengths[i] + len(new[i]) <= config.block_size:
+                keep.append(row)
+        if not keep:
+            model.train(was_training)
+            return new
+        # Finished rows leave the batch, so the last long answer does not pay for all the short ones.
+        if len(keep) < len(alive):
+            rows = torch.tensor(keep, device=device)
+            cache.keep(rows)
+            tokens, alive = tokens[rows], [alive[r] for r in keep]
+            cache.longest = max(lengths[i] + len(new[i]) - 1 for i in alive)
+        states = model.hidden(tokens[:, None], cache)[:, 0]                   # (B, C)
+        cache.lengths, cache.longest = cache.lengths + 1, cache.longest + 1
+
+
+def logprobs_of(logits, ids, temperature=1.0):
+    """logits (B, T, V), ids (B, T) -> (B, T-1) fp32: entry t is log p(ids[:, t+1] | ids[:, :t+1])."""
+    logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)    # (B, T-1, V)
+    return logprobs.gather(-1, ids[:, 1:, None])[..., 0]                      # (B, T-1)
+
+
+def token_logprobs(model, ids, temperature=1.0):
+    """(B, T) ids -> (B, T-1) fp32 log-probabilities of each next token at the given sampling temperature."""
+    return logprobs_of(model(ids), ids, temperature)
+
+
+def pad(rows, value=0):
+    """1-D tensors of different lengths -> (B, T), filled up on the right."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def get_tokenizer(name=None):
+    """A `tiktoken.Encoding`: the embedded one (no name), a file made by data/bpe.py, or a tiktoken name such as gpt2.
+
+    All have the five special tokens. Encode other people's text with `encode_ordinary`: whatever it spells,
+    it can then never produce a special token. Raises UserError when there is no such tokenizer.
+    """
+    path = Path(name) if name else HERE / "data" / "tokenizer.json"
+    if path.exists():
+        try:
+            raw = json.loads(path.read_text())
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(raw["ranks"])}
+            special = {token: len(ranks) + i for i, token in enumerate(raw["special"])}
+            return tiktoken.Encoding(raw["name"], pat_str=raw["pattern"], mergeable_ranks=ranks, special_tokens=special)
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path}: not a tokenizer file ({e}); make one with: python data/bpe.py --data my.txt") from None
+    try:
+        enc = tiktoken.get_encoding(name)
+    except Exception as e:  # tiktoken downloads its vocabularies: no network shows as many kinds of error
+        raise UserError(f"tokenizer {name!r}: neither a file nor a tiktoken name that can be had here ({type(e).__name__})") from None
+    special = {**enc._special_tokens, **{token: enc.n_vocab + i for i, token in enumerate(SPECIAL)}}
+    return tiktoken.Encoding(name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=special)
+
+
+def fingerprint(enc):
+    """A short hash of everything that decides what an id means, kept in checkpoints to refuse a foreign tokenizer."""
+    h = hashlib.sha256(enc._pat_str.encode())
+    for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda x: x[1]):
+        h.update(len(token).to_bytes(4, "big") + token)
+    return h.hexdigest()[:16]
+
+
+def save_checkpoint(path, **state):
+    """Write atomically: a crash or a full disk leaves the old file as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: tensors and plain data only, so that no file can run code. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:  # a damaged zip, a truncated file and a pickle with code in it all raise different things
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); train it again") from None
+
+
+def save_model(path, model, enc, name, **extra):
+    save_checkpoint(path, model=model.state_dict(), gpt=dataclasses.asdict(model.config), tokenizer=name,
+                    fingerprint=fingerprint(enc), **extra)
+
+
+def load_model(path, device="cpu", dropout=0.0):
+    """-> (GPT in eval mode, tokenizer, the whole checkpoint). Raises UserError for a foreign tokenizer or shape."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {"model", "gpt", "tokenizer", "fingerprint"} <= set(state):
+        raise UserError(f"{path}: a file, but no checkpoint of this project")
+    enc = get_tokenizer(state["tokenizer"])
+    if fingerprint(enc) != state["fingerprint"]:
+        raise UserError(f"{path}: trained with another tokenizer than {state['tokenizer'] or 'data/tokenizer.json'} "
+                        f"holds now; train it again, or bring that tokenizer back")
+    model = GPT(GPTConfig(**{**state["gpt"], "dropout": dropout}))
+    try:
+        # A reward model keeps its body under "body.", and three small things beside it.
+        body = {k.removeprefix("body."): v for k, v in state["model"].items() if k.startswith("body.")}
+        model.load_state_dict(body or state["model"])
+    except RuntimeError as e:
+        raise UserError(f"{path}: its weights do not fit its own sizes ({str(e).splitlines()[-1].strip()})") from None
+    return model.to(device).eval(), enc, state
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    ok = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in ok:
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or mps")
+    if not ok[name]:
+        raise UserError(f"--device {name}: this machine has none that torch can use; type --device cpu")
+    return torch.device(name)
+
+
+def set_seed(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU; fp32 on a CPU, where small models gain nothing from less."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
+    """AdamW with decay on matrices only: biases and LayerNorm gains have no reason to shrink."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def lr_at(step, steps, lr, schedule="cosine", floor=0.1):
+    """Learning rate of a step: a linear warmup over the first twentieth, then constant, linear or cosine to floor * lr."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    return lr * shape if schedule == "constant" else lr * (floor + (1 - floor) * shape)
+
+
+def take_step(loss, optimizer, model, lr, clip=1.0):
+    """One optimizer step at learning rate lr; returns the gradient norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return norm.item()
+
+
+def field_advice(cls):
+    """{field: the string literal under it}: the one place where a setting is explained serves --help too."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {a.target.id: b.value.value for a, b in zip(body, body[1:])
+            if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        known = [o for a in self._actions for o in a.option_strings]
+        for word in message.split():
+            if word.startswith("--") and "unrecognized" in message:
+                near = difflib.get_close_matches(word.split("=")[0], known, 1, 0.4)
+                message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+                break
+        raise UserError(message)
+
+
+def parse(cls, doc, argv=None):
+    """Command line -> Config: a flag per field (n_layer -> --n-layer), its advice as help."""
+    advice = field_advice(cls)
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        flag, text = "--" + f.name.replace("_", "-"), advice[f.name].replace("%", "%%") + f" [{f.default}]"
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default, metavar=type(f.default).__name__, help=text)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run(main, cls, doc):
+    """Start a script: a user's mistake ends it with one line on stderr and exit code 2, never with a traceback."""
+    try:
+        main(parse(cls, doc))
+    except UserError as e:
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; what was finished is in its folder", file=sys.stderr) or 130)
+
+
+def log_metrics(path, fresh=False, **row):
+    """Append one JSON object to a metrics file; `fresh` starts the file anew."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w" if fresh else "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def read_text(path):
+    """A UTF-8 file as a string, or a UserError that names the byte that is not."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: byte {e.start} is not UTF-8; convert it: iconv -f latin1 -t utf-8") from None
+
+
+def read_corpus(path, enc, block_size, val_fraction, mixture=""):
+    """Text -> {source: (train ids, validation ids, bytes of validation text, weight)}.
+
+    path is a file or a folder of *.txt, one source each. Weights: `mixture` ('books=2,web=1'), else the folder's
+    mixture.json, else by size. Raises UserError for a missing, empty or too short text and for unknown sources.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: no *.txt file in this folder")
+    sources = {}
+    for file in files:
+        text = read_text(file)
+        # Cut the text, not the ids, so that bits per byte has an exact denominator.
+        cut = int(len(text) * (1 - val_fraction))
+        # By lines: BPE on one endless piece is quadratic. A line break starts a new piece anyway.
+        train, val = [np.array([i for line in part.splitlines(keepends=True) for i in enc.encode_ordinary(line)], np.int32)
+                      for part in (text[:cut], text[cut:])]
+        if min(len(train), len(val)) <= block_size:
+            raise UserError(f"{file}: {len(train)} training and {len(val)} validation tokens; each must exceed one block "
+                            f"of {block_size}: bring more text, or a smaller --block-size")
+        sources[file.stem] = (torch.from_numpy(train), torch.from_numpy(val), len(text[cut:].encode()), len(train))
+    weights = {}
+    if mixture:
+        try:
+            weights = {k.strip(): float(v) for k, v in (part.split("=") for part in mixture.split(","))}
+        except ValueError:
+            raise UserError(f"--mixture {mixture!r}: write it as name=weight,name=weight") from None
+    elif path.is_dir() and (path / "mixture.json").exists():
+        weights = json.loads((path / "mixture.json").read_text())
+    if set(weights) - set(sources):
+        raise UserError(f"mixture names {sorted(set(weights) - set(sources))}, but the sources are {sorted(sources)}")
+    if weights:
+        sources = {k: (*v[:3], weights.get(k, 0.0)) for k, v in sources.items()}
+    return sources
+
+
+def sample_windows(sources, B, T, rng):
+    """-> (B, T+1) ids: each row a random window of a source drawn by weight; and the name of each row's source."""
+    names = rng.choices(list(sources), [s[3] for s in sources.values()], k=B)
+    rows = []
+    for name in names:
+        ids = sources[name][0]
+        start = rng.randrange(len(ids) - T)
+        rows.append(ids[start:start + T + 1])
+    return torch.stack(rows).long(), names                                    # (B, T+1)
+
+
+def lm_loss(model, ids):
+    """Mean next-token cross-entropy in nats over a (B, T+1) block."""
+    logits = model(ids[:, :-1])                                               # (B, T, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def val_loss(model, sources, T, device, limit=40_000):
+    """Validation loss, weighted as the sources are drawn, and bits per byte of the unweighted text."""
+    was_training = model.training
+    model.eval()
+    total = weight_sum = bits = size = 0.0
+    for train, val, val_bytes, weight in sources.values():
+        n = min((len(val) - 1) // T, max(1, limit // T))
+        blocks = val[:n * T + 1].unfold(0, T + 1, T).long()                   # (n, T+1)
+        loss = sum(lm_loss(model, b.to(device)).item() * len(b) for b in blocks.split(32)) / n
+        total, weight_sum = total + weight * loss, weight_sum + weight
+        bits, size = bits + loss / math.log(2) * len(val), size + val_bytes
+    model.train(was_training)
+    return total / weight_sum, bits / size
+
+
+def main(cfg):
+    device = pick_device(cfg.device)
+    set_seed(cfg.seed)
+    out = Path(cfg.out)
+    if cfg.sample:
+        model, enc, _ = load_model(out / "gpt.pt", device)
+        ids = generate(model, [enc.encode_ordinary(cfg.sample)], 100, temperature=0.8, seed=cfg.seed)[0]
+        return print(cfg.sample + enc.decode(ids))
+    if not cfg.data:
+        from data import village
+        cfg.data = str(village.ensure(out / "data", cfg.seed) / "pretrain")
+    enc = get_tokenizer(cfg.tokenizer)
+    if cfg.init_from:
+        model = GPT.from_pretrained(cfg.init_from).to(device)
+        if model.config.vocab_size < enc.n_vocab:
+            raise UserError(f"--init-from {cfg.init_from} knows {model.config.vocab_size} tokens, the tokenizer "
+                            f"{enc.n_vocab}; type --tokenizer gpt2")
+    else:
+        model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)).to(device)
+    T = model.config.block_size
+    sources = read_corpus(cfg.data, enc, T, cfg.val_fraction, cfg.mixture)
+    n_train = sum(len(s[0]) for s in sources.values())
+    print(f"gpt.py: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {n_train:,} tokens, device {device}")
+    optimizer = adamw(model, cfg.lr, cfg.weight_decay)
+    rng, B = random.Random(cfg.seed), max(1, cfg.batch_tokens // T)
+    drawn, start, log = dict.fromkeys(sources, 0), time.time(), out / "gpt.jsonl"
+    model.train()
+    bar = tqdm(range(cfg.steps), desc="pretrain", mininterval=1)
+    for step in bar:
+        ids, names = sample_windows(sources, B, T, rng)
+        for name in names:
+            drawn[name] += T
+        with autocast(device):
+            loss = lm_loss(model, ids.to(device))
+        norm = take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr, cfg.schedule))
+        row = dict(step=step, loss=loss.item(), grad_norm=norm)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, T, device)
+            bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
+        log_metrics(log, fresh=step == 0, **row)
+    epochs = {name: round(n / len(sources[name][0]), 2) for name, n in drawn.items()}
+    print(f"validation loss {row['val_loss']:.3f} nats per token, {row['bits_per_byte']:.3f} bits per byte, "
+          f"{cfg.steps * B * T / (time.time() - start):,.0f} tokens/s; epochs per source: {epochs}")
+    save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data, val_loss=row["val_loss"])
+    first = next(iter(sources.values()))[1][:12].tolist()
+    text = enc.decode(generate(model, [first], 60, temperature=0.8, seed=cfg.seed)[0])
+    print(f"--- a sample\n{enc.decode(first)}|{text}\n---\nsaved {out / 'gpt.pt'}; next: python sft.py --out {out}")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

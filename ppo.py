@@ -1,0 +1,270 @@
+"""PPO: improve the fine-tuned model against the reward model, without running away from what it was.
+
+Idea. Let the model answer, let the reward model score the answers, and make the tokens of the better ones more likely. Four
+models take part:
+
+    policy     starts as the fine-tuned model; the one that learns          (the actor)
+    reference  the fine-tuned model, frozen; the policy pays for leaving it
+    reward     scores a finished answer, frozen
+    value      starts as the reward model; learns to foresee the score      (the critic)
+
+    maximise  E[ r(x, y) - beta * log( pi(y|x) / pi_ref(y|x) ) ] + ptx * E_text[ log pi(text) ]     InstructGPT, eq. 2
+
+One update: sample answers -> score them -> reward per token (KL penalty on each, the score on the last) -> advantages by
+GAE (gae.py) -> a few epochs of clipped steps:
+
+    ratio  = pi_new(a|s) / pi_old(a|s)
+    loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )                                  PPO, eq. 7
+
+    python ppo.py                                    everything: stages that are missing run first; ends with the table
+    python ppo.py --beta 0 --name greedy             no KL penalty: watch the reward rise and the gold score fall
+    python ppo.py --prompts pairs.jsonl --out out/mine    prompts of your own: any format that sft.py or reward.py reads
+
+Two minutes and a half on two CPU cores once the other stages are there; ten minutes for the whole chain.
+
+Frame. All quantities of a token are (B, T-1): index t belongs to the action that produced ids[:, t+1]. Its value is V of
+the state before it, read at position t. The mask is 1 on answer tokens including the end token, and on nothing after it.
+"""
+import json, math, random, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import gae, gpt, reward, sft
+from gpt import UserError
+
+
+@dataclass
+class Config:
+    prompts: str = ""
+    "prompts, .json, .jsonl or .gz: {'prompt'}, chats or ranked answers; empty: the village's, in OUT/data"
+    text: str = ""
+    "text for the ptx term: a file or a folder of *.txt; empty: the text that OUT/gpt.pt was trained on"
+    out: str = "out"
+    "folder of this run"
+    name: str = "ppo"
+    "the checkpoint becomes OUT/NAME.pt: name your variants, and eval.py shows them side by side"
+    updates: int = 80
+    "rollouts, each followed by a few epochs of steps; stop when gold (or your own eyes) say so, not the reward"
+    rollout: int = 128
+    "answers per update; more is steadier"
+    epochs: int = 4
+    "passes over a rollout; the clip makes more than one safe, more than four rarely pays"
+    minibatches: int = 2
+    "steps per pass"
+    lr: float = 3e-4
+    "learning rate of policy and value; it shrinks with size: 3e-4 below 1M parameters, 1e-5 at 100M, 1e-6 at 7B"
+    beta: float = 0.05
+    "KL coefficient, in units of reward (deviation 1): 0 lets the policy exploit the reward model, 0.5 nails it down"
+    target_kl: float = 0.0
+    "if above 0: adapt beta so that the KL to the reference stays near this many nats per answer (6 is usual)"
+    stop_kl: float = 0.0
+    "if above 0: leave the epochs of an update once new and old policy differ by this much per token (0.02 is usual)"
+    clip: float = 0.2
+    "how far the ratio of a token may move in one update"
+    value_clip: float = 0.2
+    "the same for values; fits rewards of deviation 1"
+    gamma: float = 1.0
+    "1: a word is no worth less for standing later"
+    lam: float = 0.95
+    "GAE's lambda: 1 trusts the final score alone, 0 trusts the critic alone"
+    ptx: float = 0.5
+    "weight of next-token loss on the pretraining text; keeps the policy a language model. 0 switches it off"
+    missing_end: float = -3.0
+    "score of an answer without an end token, in deviations: the reward model has never seen one"
+    max_new_tokens: int = 48
+    "longest answer; what is longer counts as missing its end"
+    offline: bool = False
+    "sample every answer from the frozen fine-tuned model instead of the policy: the ratio alone carries the change"
+    gold: str = "data.village:gold"
+    "module:function that grades (task, answer), for reports only; used where records carry a task"
+    table: bool = True
+    "end with the results table of eval.py, where prompts carry a task"
+    seed: int = 0
+    "same seed, same machine, same run"
+    device: str = "auto"
+    "auto, cpu, cuda or mps"
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def kl_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """Reward per token: -beta * (log pi - log pi_ref) on each, and the score of the whole answer added on the last.
+
+    scores (B,); logprobs, ref_logprobs, mask (B, T-1) -> (B, T-1), zero outside the mask. A row without any answer
+    token gets no score. The plain log-ratio (k1), not k3: its expectation under pi is the KL, and its
+    gradient the KL's; k3 in the reward pays for tokens already made rare, and entropy collapses.
+    """
+    mask = mask.bool()
+    rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)       # (B, T-1)
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    last = mask & (steps == torch.where(mask, steps, -1).amax(1, keepdim=True))
+    return rewards + torch.where(last, scores[:, None], 0.0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
+    """PPO's clipped surrogate (1707.06347, eq. 7), mean over the masked tokens of the batch -> (loss, clip fraction).
+
+    All (B, T-1). The maximum of two losses is the minimum of two gains: a step that already went far in the good
+    direction earns nothing more, one that went far in the bad direction still pays in full.
+    """
+    mask = mask.float()
+    ratio = torch.exp(torch.where(mask > 0, logprobs - old_logprobs, 0.0))    # (B, T-1)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.maximum(unclipped, clipped), mask), masked_mean((clipped > unclipped).float(), mask).detach()
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """0.5 * mean of the larger of two squared errors: of the new value, and of the new value held near the old one."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)           # (B, T-1)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask.float())
+
+
+def adapt_beta(beta, kl, target, n, horizon=10_000):
+    """Ziegler et al.'s controller: n answers with mean KL too far above target raise beta, below lower it."""
+    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+
+
+def answer_mask(prompt_lengths, lengths, T):
+    """(B,), (B,) -> (B, T-1): 1 where the action that produced ids[:, t+1] belongs to the answer, its end included."""
+    target = torch.arange(1, T, device=lengths.device)
+    return ((target >= prompt_lengths[:, None]) & (target < lengths[:, None])).float()
+
+
+def load_prompts(path, enc, block_size, max_new_tokens):
+    """Prompts of any format -> [{"prompt": messages, "ids", ...}]; those that leave no room for an answer are counted, aloud."""
+    kept, long, odd = [], 0, 0
+    for where, r in sft.read_records(path):
+        if "prompt" in r:
+            messages = reward.as_messages(r["prompt"], where)
+        elif "chosen" in r:
+            found = reward.read_comparison(r, where)
+            odd += found is None
+            messages = found and found[0]
+        else:
+            chat = sft.as_chat(r, where, random.Random(len(kept)))
+            odd += not chat
+            messages = chat and sft.prompt_of(chat)
+        if not messages:
+            continue
+        ids = sft.render_prompt(messages, enc)
+        if len(ids) + max_new_tokens > block_size:
+            long += 1
+        else:
+            kept.append({**r, "prompt": messages, "ids": ids})
+    for n, why in ((long, f"prompt and {max_new_tokens} new tokens exceed the context of {block_size}"), (odd, "no prompt could be told from the answer")):
+        if n:
+            print(f"{path}: {n} of {n + len(kept)} prompts left out: {why}")
+    if not kept:
+        raise UserError(f"{path}: no usable prompt; lower --max-new-tokens, or pretrain with a larger --block-size")
+    return kept
+
+
+@torch.no_grad()
+def roll_out(sampler, policy, reference, reward_model, value_model, prompts, end, cfg, seed):
+    """Sample an answer to each prompt and measure it. -> dict of tensors, all (B, T-1) but ids, scores and lengths."""
+    device = policy.wte.weight.device
+    answers = gpt.generate(sampler, prompts, cfg.max_new_tokens, stop=end, seed=seed)
+    # Right padding, no masks: nothing to the right of a real token can reach it.
+    ids = gpt.pad([torch.tensor(p + a) for p, a in zip(prompts, answers)]).to(device)            # (B, T)
+    starts = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = starts + torch.tensor([len(a) for a in answers], device=device)                    # (B,)
+    mask = answer_mask(starts, lengths, ids.shape[1])
+    logprobs, ref_logprobs = gpt.token_logprobs(policy, ids), gpt.token_logprobs(reference, ids)
+    ended = torch.tensor([a[-1] == end for a in answers], device=device)
+    # Temperature 1 and the same forward pass as in the loss: so the ratio of the first step is exactly 1.
+    return dict(ids=ids, mask=mask, lengths=lengths, answers=answers, ended=ended, logprobs=logprobs, ref_logprobs=ref_logprobs,
+                old_logprobs=ref_logprobs if sampler is reference else logprobs, values=value_model(ids)[:, :-1],
+                scores=torch.where(ended, reward_model.score(ids, lengths), cfg.missing_end))
+
+
+def main(cfg):
+    device, out = gpt.pick_device(cfg.device), Path(cfg.out)
+    if not (out / "reward.pt").exists():
+        print(f"{out / 'reward.pt'} is missing: training it first")
+        reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+    gpt.set_seed(cfg.seed)
+    policy, enc, base = gpt.load_model(out / "sft.pt", device)
+    reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
+    reward_model, reward_enc = reward.load_reward(out / "reward.pt", device)
+    value_model = reward.load_reward(out / "reward.pt", device)[0]
+    reward_model.requires_grad_(False)
+    if gpt.fingerprint(enc) != gpt.fingerprint(reward_enc):
+        raise UserError(f"{out}: sft.pt and reward.pt use different tokenizers; train the reward model again")
+    end, block = enc._special_tokens["<|end|>"], policy.config.block_size
+    if not cfg.prompts:
+        cfg.prompts = str(sft.village_data(out, cfg.seed) / "prompts_train.jsonl")
+    prompts = load_prompts(cfg.prompts, enc, block, cfg.max_new_tokens)
+    gold = sft.gold_hook(cfg.gold) if all(p.get("task") for p in prompts) else None
+    text = gpt.read_corpus(cfg.text or gpt.load_checkpoint(out / "gpt.pt")["data"], enc, block, 0.05) if cfg.ptx else None
+    policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
+    rng, beta, log, order = random.Random(cfg.seed), cfg.beta, out / f"{cfg.name}.jsonl", []
+    print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
+    for update in (bar := tqdm(range(cfg.updates), desc="ppo", mininterval=1)):
+        if len(order) < cfg.rollout:   # a new pass over the prompts
+            order = rng.sample(range(len(prompts)), len(prompts)) * math.ceil(cfg.rollout / len(prompts))
+        chosen, order = [prompts[i] for i in order[:cfg.rollout]], order[cfg.rollout:]
+        b = roll_out(reference if cfg.offline else policy, policy, reference, reward_model, value_model,
+                     [p["ids"] for p in chosen], end, cfg, seed=rng.randrange(2**31))
+        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], beta)      # (B, T-1)
+        advantages, returns = gae.gae(rewards, b["values"], b["mask"], cfg.gamma, cfg.lam)
+        advantages = gae.whiten(advantages, b["mask"])
+        lr, stats, stop = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), [], False
+        for epoch in range(cfg.epochs):
+            for rows in torch.randperm(len(chosen)).to(device).chunk(cfg.minibatches):
+                T = int(b["lengths"][rows].max())
+                ids = b["ids"][rows, :T]                                                          # (b, T)
+                mask, old, old_values = (b[k][rows, :T - 1] for k in ("mask", "old_logprobs", "values"))
+                logprobs = gpt.token_logprobs(policy, ids)                                        # (b, T-1)
+                pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
+                loss = pg_loss
+                if text:
+                    loss = loss + cfg.ptx * gpt.lm_loss(policy, gpt.sample_windows(text, 8, block, rng)[0].to(device))
+                values = value_model(ids)[:, :-1]
+                v_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
+                log_ratio = (logprobs - old).detach() * mask
+                stats.append(dict(epoch=epoch, pg=pg_loss.item(), vf=v_loss.item(), clipfrac=clipfrac.item(),
+                                  ratio=masked_mean(log_ratio.exp(), mask).item(), approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),
+                                  norm=gpt.take_step(loss, policy_optimizer, policy, lr), vclip=masked_mean(((values - old_values).abs() > cfg.value_clip).float(), mask).item()))
+                gpt.take_step(v_loss, value_optimizer, value_model, lr)
+                stop = cfg.stop_kl and stats[-1]["approxkl"] > cfg.stop_kl
+                if stop:
+                    break
+            if stop:
+                break
+        row = diagnostics(b, returns, stats, beta, lr, update, cfg)
+        if gold:
+            row["objective/gold"] = sum(gold(p["task"], enc.decode([i for i in a if i != end])) for p, a in zip(chosen, b["answers"])) / len(chosen)
+        if cfg.target_kl:
+            beta = adapt_beta(beta, row["objective/kl"], cfg.target_kl, len(chosen))
+        gpt.log_metrics(log, fresh=update == 0, **row)
+        bar.set_postfix({k.split("/")[1]: f"{row[k]:.2f}" for k in ("objective/scores", "objective/gold", "objective/kl") if k in row})
+    gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
+    print(f"saved {out / cfg.name}.pt")
+
+
+def diagnostics(b, returns, stats, beta, lr, update, cfg):
+    """One row of the log, in TRL's names. KL is the mean over answers of the sum over their tokens, in nats."""
+    mask, n = b["mask"], len(b["scores"])
+    kl = ((b["logprobs"] - b["ref_logprobs"]) * mask).sum(1)                                     # (B,)
+    mean = {k: sum(s[k] for s in stats) / len(stats) for k in stats[0]}
+    error = masked_mean((returns - b["values"]) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return {
+        "update": update, "episode": (update + 1) * n, "lr": lr, "objective/beta": beta, "objective/kl": kl.mean().item(),
+        "objective/scores": b["scores"].mean().item(), "objective/scores_std": b["scores"].std().item(),
+        "objective/non_score_reward": -beta * kl.mean().item(), "objective/rlhf_reward": (b["scores"] - beta * kl).mean().item(),
+        "objective/entropy": -(b["logprobs"] * mask).sum(1).mean().item(), "objective/length": mask.sum(1).mean().item(),
+        "val/num_eos_tokens": b["ended"].sum().item(), "loss/policy_avg": mean["pg"], "loss/value_avg": mean["vf"],
+        "policy/approxkl_avg": mean["approxkl"], "policy/clipfrac_avg": mean["clipfrac"], "policy/grad_norm": mean["norm"],
+        "val/clipfrac_avg": mean["vclip"], "val/ratio": mean["ratio"], "val/ratio_first": stats[0]["ratio"],
+        "val/explained_variance": (1 - error / spread.clamp(min=1e-8)).item()}
+
+
+if __name__ == "__main__":
+    gpt.run(main, Config, __doc__)
