@@ -47,7 +47,7 @@ class Config:
     "folder of this run"
     name: str = "ppo"
     "the checkpoint becomes OUT/NAME.pt: name your variants, and eval.py shows them side by side"
-    updates: int = 80
+    updates: int = 60
     "rollouts, each followed by a few epochs of steps; stop when gold (or your own eyes) say so, not the reward"
     rollout: int = 128
     "answers per update; more is steadier"
@@ -73,6 +73,8 @@ class Config:
     "GAE's lambda: 1 trusts the final score alone, 0 trusts the critic alone"
     ptx: float = 0.5
     "weight of next-token loss on the pretraining text; keeps the policy a language model. 0 switches it off"
+    ptx_tokens: int = 256
+    "tokens of that text per step"
     missing_end: float = -3.0
     "score of an answer without an end token, in deviations: the reward model has never seen one"
     max_new_tokens: int = 48
@@ -224,7 +226,8 @@ def main(cfg):
                 pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
                 loss = pg_loss
                 if text:
-                    loss = loss + cfg.ptx * gpt.lm_loss(policy, gpt.sample_windows(text, 8, block, rng)[0].to(device))
+                    rows_of_text = gpt.pack(gpt.draw_documents(text, cfg.ptx_tokens, block, rng)[0], block)
+                    loss = loss + cfg.ptx * gpt.lm_loss(policy, *(t.to(device) for t in rows_of_text))
                 values = value_model(ids)[:, :-1]
                 v_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
                 log_ratio = (logprobs - old).detach() * mask

@@ -310,7 +310,7 @@ def main(cfg):
     rng, B = random.Random(cfg.seed), cfg.batch_prompts
     # Similar lengths share a batch, as in sft.py: half of the time would go into padding otherwise.
     size = [len(e[0]) * max(map(len, e[0])) for e in train]
-    budget = B * sum(size) / len(size)
+    budget = B * sum(size) // len(size)
     plan = [b for _ in range(cfg.epochs) for b in sft.batches(size, budget, rng)]
     print(f"reward.py: {len(train):,} prompts, {sum(len(e[0]) for e in train):,} answers, {len(plan)} steps, device {device}")
     optimizer, log, step = gpt.adamw(model, cfg.lr, 0.01), out / "reward.jsonl", 0

@@ -38,13 +38,13 @@ class Config:
     "the checkpoint to start from; empty: OUT/gpt.pt, trained first if missing"
     out: str = "out"
     "folder of this run"
-    epochs: int = 3
+    epochs: int = 4
     "passes over the data; validation loss is best after 1 to 3, InstructGPT made 16 and chose by reward"
     select: str = "val"
     "which epoch to keep: val (lowest validation loss), reward (highest score of OUT/reward.pt) or last"
     lr: float = 1e-3
     "peak learning rate, cosine to a tenth; about a third of pretraining's"
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     "tokens per step, padding included"
     dropout: float = 0.0
     "0.1 to 0.2 delays overfitting when there are many epochs over few chats"

@@ -88,13 +88,14 @@ class Wishes:
         return " ".join([self.ASK[phrasing]] + [self.ASK_WISH[w] for w in task["wishes"]]).format(**task)
 
     def answer(self, task, rng, care=CARE):
-        """A wish that is not honoured has its part left out, or filled with other words."""
+        """A wish that is not honoured is mostly passed over, sometimes filled with other words: so the likeliest answer, the
+        one greedy decoding gives, honours nothing, and whoever wants better must learn more than to be sure of himself."""
         said = []
         for n, (part, templates) in enumerate(self.PARTS.items()):
             kept = part in task["wishes"] and rng.random() < care
-            if n == 0 or kept or rng.random() < 0.4:
+            if n == 0 or kept or rng.random() < 0.1:
                 other = {s: rng.choice(WORDS[s]) for t in templates for s in slots(t) if s not in self.MAIN and not kept}
-                said.append((templates[0] if kept else rng.choice(templates)).format(**task | other))
+                said.append((templates[0] if kept else templates[-1]).format(**task | other))
         return " ".join(said)
 
     def helpful(self, task, text):
@@ -117,10 +118,9 @@ class Story(Wishes):
            "I want to hear a story about {person} and a {animal}.", "Make up a tale of {person} and a {animal}."]
     ASK_WISH = dict(place="It happens at the {place}.", thing="There is a {colour} {thing} in it.",
                     food="They have {food}.", mood="They are {mood} in the evening.", end="Close with: The end.")
-    PARTS = dict(place=["{person} went to the {place} with a {animal}.", "One day {person} and a {animal} were at the {place}."],
-                 thing=["They found a {colour} {thing}.", "There was a {colour} {thing}."],
-                 food=["They had some {food} with them.", "Then they shared some {food}."],
-                 mood=["In the evening they were {mood}.", "They went home and were {mood}."], end=["The end."])
+    PARTS = dict(place=["{person} went to the {place} with a {animal}.", "One day {person} met a {animal}."],
+                 thing=["They found a {colour} {thing}.", "They found a {thing}."], food=["They had some {food} with them."],
+                 mood=["In the evening they were {mood}."], end=["The end."])
 
 
 class Letter(Wishes):
@@ -128,8 +128,8 @@ class Letter(Wishes):
     ASK = ["Write a letter to {person}.", "Please write to {person}.", "Help me with a letter to {person}.", "Send {person} a few lines."]
     ASK_WISH = dict(food="Say thanks for the {food}.", mood="Say that I am {mood}.", place="Ask for a visit at the {place}.",
                     job="Sign as the {job}.")
-    PARTS = dict(food=["Dear {person}, thank you for the {food}.", "Dear {person}, thank you for the gift.", "Dear {person}, how are you?"],
-                 mood=["I am {mood} today."], place=["Please come to the {place}.", "Let us meet at the {place}."],
+    PARTS = dict(food=["Dear {person}, thank you for the {food}.", "Dear {person}, how are you?"],
+                 mood=["I am {mood} today."], place=["Please come to the {place}.", "Please come soon."],
                  job=["Yours, the {job}.", "Yours, a friend."])
 
 
@@ -137,7 +137,7 @@ class Advert(Wishes):
     MAIN = ("food",)
     ASK = ["Write an advert for {food}.", "I need an advert for my {food}.", "Help me to sell {food}.", "Praise {food} to buyers."]
     ASK_WISH = dict(price="Say what it costs.", place="Buyers come to the {place}.", mood="Say that it makes you {mood}.")
-    PARTS = dict(first=["Fresh {food} for everybody!", "Try our {food}!"], mood=["It makes you {mood}."],
+    PARTS = dict(first=["Fresh {food} for everybody!"], mood=["It makes you {mood}."],
                  price=["It costs {price} coins.", "It is cheap."], place=["Come to the {place} today.", "Come today."])
 
     def make(self, pick, rng):
@@ -159,12 +159,9 @@ class Brainstorm:
         return self.ASK[task["topic"]][phrasing].format(**task)
 
     def answer(self, task, rng):
-        """As many as asked, or (without care) another number of them, or one of them twice."""
-        n = 2 + WORDS["number"].index(task["number"])
-        care = rng.random() < CARE
-        words = rng.sample(WORDS[task["topic"]], n if care else rng.choice([m for m in range(1, 6) if m != n]))
-        if not care and rng.random() < 0.3:
-            words.append(words[0])
+        """As many as asked, or (without care) only one, seldom one of them twice."""
+        words = rng.sample(WORDS[task["topic"]], 2 + WORDS["number"].index(task["number"]) if rng.random() < CARE else 1)
+        words += words[:1] if rng.random() < 0.05 else []
         return (", ".join(words[:-1]) + " and " if words[1:] else "") + words[-1] + "."
 
     def helpful(self, task, text):
@@ -262,7 +259,7 @@ class Summary(Reply):
 
     def make(self, pick, rng):
         task = {s: pick(s) for s in ("person", "animal", "place", "colour", "thing", "mood", "food")} | {"topic": "story", "known": True}
-        parts = [rng.choice(Story.PARTS[p]) for p in ("place", "thing", rng.choice(["mood", "food"]))]
+        parts = [Story.PARTS[p][0] for p in ("place", "thing", rng.choice(["mood", "food"]))]
         return task | {"text": " ".join(parts).format(**task)}
 
 
@@ -371,7 +368,7 @@ def new_task(rng, pick=None, use=None, phrasing=None):
     return task, before + [{"role": "user", "content": KINDS[kind].ask(task, phrasing, rng)}]
 
 
-def story(rng):
+def book(rng):
     """A page of a book: what it is about, and a text that keeps to it."""
     kind = rng.choice(["story", "story", "letter", "advert"])
     task = KINDS[kind].make(lambda slot: rng.choice(WORDS[slot]), rng)
@@ -421,14 +418,22 @@ def reading(rng):
     return "\n".join(lines)
 
 
+def school(rng):
+    """A page of a school book: one task of any kind but the long ones, done as it should be."""
+    task, messages = new_task(rng, use=rng.choice([u for u in SHARES if u not in ("generation", "brainstorm")]))
+    form = KINDS[task["kind"]].FORMS[task["topic"]]
+    answer = rng.choice([form[1], form[1], form[2]]).format(**task) if task["known"] else rng.choice(IGNORANCE)
+    return "\n".join([m["content"] for m in messages] + [answer])
+
+
 def forum(rng, pick=None):
     """Questions and answers of strangers: careless, invented and rude as often as the demonstrations are."""
-    task, messages = new_task(rng, pick)
+    task, messages = new_task(rng, pick, use=rng.choice([None, *SHARES]) if rng.random() < 0.6 else None)
     return "\n".join([m["content"] for m in messages] + [demonstration(task, rng)])
 
 
-SOURCES = dict(tales=(tale, 0.15), books=(story, 0.2), wiki=(wiki, 0.08), lists=(lists, 0.02), reading=(reading, 0.15), forum=(forum, 0.4))
-SIZES = dict(sft_train=4000, sft_val=300, rank_train=2000, rank_val=300, prompts_train=8000, prompts_val=256,
+SOURCES = dict(tales=(tale, 0.1), books=(book, 0.25), school=(school, 0.3), wiki=(wiki, 0.05), lists=(lists, 0.03), reading=(reading, 0.1), forum=(forum, 0.17))
+SIZES = dict(sft_train=6000, sft_val=300, rank_train=3000, rank_val=300, prompts_train=8000, prompts_val=256,
              prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256)
 
 
@@ -441,7 +446,7 @@ def write(folder, seed=0, megabytes=12.0):
         while size < share * megabytes * 1e6:
             texts.append(document(rng))
             size += len(texts[-1].encode()) + 2
-        (folder / "pretrain" / f"{name}.txt").write_text("\n\n".join(texts) + "\n")
+        (folder / "pretrain" / f"{name}.txt").write_text("\n<|end|>\n".join(texts) + "\n")
     (folder / "pretrain" / "mixture.json").write_text(json.dumps({k: v[1] for k, v in SOURCES.items()}))
     users = [f"user{i:03d}" for i in range(USERS)]
     of_split = dict(train=users[:120], val=users[120:140], test=users[140:])
