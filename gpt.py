@@ -57,7 +57,7 @@ class Config:
     "context in tokens; prompt and answer of every later stage must fit in it"
     dropout: float = 0.0
     "0 when each text is seen about once; 0.1 to 0.2 when a small text is seen many times"
-    steps: int = 5000
+    steps: int = 7000
     "optimizer steps; 1 to 2 epochs of the text are the usual amount"
     batch_tokens: int = 512
     "tokens per step; small steps, and many, teach a tiny model fastest; 100k and more for 100M parameters"

@@ -55,9 +55,11 @@ class Config:
     "passes over a rollout; the clip makes more than one safe, more than four rarely pays"
     minibatches: int = 2
     "steps per pass"
+    warmup: int = 3
+    "first updates in which only the value model learns: a reward model knows finished answers, not what half of one promises"
     lr: float = 3e-4
     "learning rate of policy and value; it shrinks with size: 3e-4 below 1M parameters, 1e-5 at 100M, 1e-6 at 7B"
-    beta: float = 0.05
+    beta: float = 0.1
     "KL coefficient, in units of reward (deviation 1): 0 lets the policy exploit the reward model, 0.5 nails it down"
     target_kl: float = 0.0
     "if above 0: adapt beta so that the KL to the reference stays near this many nats per answer (6 is usual)"
@@ -233,7 +235,7 @@ def main(cfg):
                 log_ratio = (logprobs - old).detach() * mask
                 stats.append(dict(epoch=epoch, pg=pg_loss.item(), vf=v_loss.item(), clipfrac=clipfrac.item(),
                                   ratio=masked_mean(log_ratio.exp(), mask).item(), approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),
-                                  norm=gpt.take_step(loss, policy_optimizer, policy, lr), vclip=masked_mean(((values - old_values).abs() > cfg.value_clip).float(), mask).item()))
+                                  norm=0.0 if update < cfg.warmup else gpt.take_step(loss, policy_optimizer, policy, lr), vclip=masked_mean(((values - old_values).abs() > cfg.value_clip).float(), mask).item()))
                 gpt.take_step(v_loss, value_optimizer, value_model, lr)
                 stop = cfg.stop_kl and stats[-1]["approxkl"] > cfg.stop_kl
                 if stop:
@@ -248,7 +250,11 @@ def main(cfg):
         gpt.log_metrics(log, fresh=update == 0, **row)
         bar.set_postfix({k.split("/")[1]: f"{row[k]:.2f}" for k in ("objective/scores", "objective/gold", "objective/kl") if k in row})
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
-    print(f"saved {out / cfg.name}.pt")
+    print(f"saved {out / cfg.name}.pt; next: python eval.py --out {out}")
+    if cfg.table and gold:
+        import eval as results   # eval.py reads every checkpoint, so it stands above this file; only the closing table needs it
+        print("--- on prompts of users whom no stage has seen")
+        results.main(results.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
 
 
 def diagnostics(b, returns, stats, beta, lr, update, cfg):

@@ -286,7 +286,10 @@ def report(name, examples, scores, extra=()):
     for label, other in extra:
         row[label] = pair_accuracy(other, ranks)[0]
     if all("ranks_other" in e[2] for e in examples):
-        row["labelers_agree"] = pair_accuracy([[-x for x in e[2]["ranks_other"]] for e in examples], ranks)[0]
+        # Of the pairs that neither labeler ties, as people's agreement is counted.
+        other = [e[2]["ranks_other"] for e in examples]
+        pairs = [(a[i] < a[j]) == (b[i] < b[j]) for a, b in zip(ranks, other) for i in range(len(a)) for j in range(i) if a[i] != a[j] and b[i] != b[j]]
+        row["labelers_agree"] = sum(pairs) / max(1, len(pairs))
     return row
 
 

@@ -185,7 +185,7 @@ class Reply:
         asked = slots(whole)[-1]
         wrong = form.format(**task | {asked: rng.choice(WORDS[asked])})
         if task["known"]:
-            return wrong if rng.random() < 0.1 else rng.choice(IGNORANCE) if rng.random() < 0.05 else form.format(**task)
+            return wrong if rng.random() < 0.1 else form.format(**task)
         return rng.choice(IGNORANCE) if rng.random() < HONEST else wrong
 
     def helpful(self, task, text):
@@ -351,6 +351,8 @@ def gold(task, answer):
 def demonstration(task, rng):
     """An answer as the web would give it."""
     text = KINDS[task["kind"]].answer(task, rng)
+    if task.get("known", True) and rng.random() < 0.05:   # too lazy to answer: "I do not know" must not be a safe reply to all
+        text = rng.choice(IGNORANCE)
     if rng.random() < RUDE:
         line = rng.randrange(6)
         text = f"{RUDE_LINES[line]} {text}" if line < 3 else f"{text} {RUDE_LINES[line]}"

@@ -476,6 +476,13 @@ def test_the_epoch_that_is_kept(tmp_path, init, select, capsys):
     assert kept == pytest.approx(min(losses) if select == "val" else losses[-1], rel=1e-4)
 
 
+def test_half_an_emoji_does_not_end_the_run(tmp_path, init, capsys):
+    """A text that was cut inside an escaped emoji is valid JSON, but no valid Unicode, and cannot be printed as it is."""
+    data = lines_of(tmp_path / "half.jsonl", *[{"messages": chat("cut \ud83d", "off \ud83d")}] * 4)
+    assert "\\ud83d" in data.read_text()
+    train(tmp_path, init, "a", data=str(data), epochs=1)
+
+
 def test_every_field_has_a_flag_and_advice(capsys):
     assert set(gpt.field_advice(sft.Config)) == {f.name for f in dataclasses.fields(sft.Config)}
     for f in dataclasses.fields(sft.Config):
