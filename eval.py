@@ -59,14 +59,14 @@ def interval(x):
 def base_answers(model, enc, chats, max_new_tokens, seed):
     """A model that only continues texts is asked in plain text: the turns as lines, and what it says on the next line."""
     prompts = [enc.encode_ordinary("".join(m["content"] + "\n" for m in chat)) for chat in chats]
-    ids = gpt.generate(model, prompts, max_new_tokens, stop=enc._special_tokens["<|end|>"], seed=seed)
+    ids = gpt.generate(model, prompts, max_new_tokens, stop=gpt.end_of(enc), seed=seed)
     return [enc.decode([i for i in row if i < len(enc._mergeable_ranks)]).split("\n")[0] for row in ids]
 
 
 @torch.no_grad()
 def answer_logprobs(model, enc, chats, answers, batch=256):
     """(N,) sums of log-probabilities of the answers, their end token included."""
-    rows, end, device = [], enc._special_tokens["<|end|>"], model.wte.weight.device
+    rows, end, device = [], gpt.end_of(enc), model.wte.weight.device
     for chat, answer in zip(chats, answers):
         prompt = sft.render_prompt(chat, enc)
         ids = (prompt + enc.encode_ordinary(answer) + [end])[:model.config.block_size]
@@ -76,12 +76,6 @@ def answer_logprobs(model, enc, chats, answers, batch=256):
         ids, mask = (t.to(device) for t in sft.collate(rows, range(start, min(start + batch, len(rows)))))
         total.append((gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1).cpu())
     return torch.cat(total)
-
-
-def reward_scores(model, enc, chats, answers, device):
-    end, block = enc._special_tokens["<|end|>"], model.body.config.block_size
-    rows = [torch.tensor((sft.render_prompt(c, enc) + enc.encode_ordinary(a))[:block - 1] + [end]) for c, a in zip(chats, answers)]
-    return reward.score_all(model, [(rows, 0, None)], device)[0]
 
 
 def policies(out):
@@ -119,9 +113,10 @@ def evaluate(cfg):
         made_up = [-g["honest"] for t, g in zip(tasks, grades) if not t.get("known", True)]
         return dict(
             stage=stage, seed=seed, n=N, gold=interval(gold)[0], gold_ci=interval(gold)[1],
-            win_rate_vs_sft=interval(wins)[0], win_rate_ci=interval(wins)[1], helpful=interval([g["helpful"] for g in grades[:N]])[0],
+            win_rate_vs_sft=interval(wins)[0], win_rate_ci=interval(wins)[1],
+            helpful=sum(g["helpful"] for g in grades[:N]) / N,
             hallucination_rate=sum(made_up) / max(1, len(made_up)), rude_rate=sum(-g["harmless"] for g in grades[:N]) / N,
-            reward=sum(reward_scores(reward_model, enc, chats[:N], answers[:N], device)) / N if reward_model else None,
+            reward=sum(reward.score_answers(reward_model, enc, chats[:N], answers[:N])) / N if reward_model else None,
             kl_to_sft=kl, lm_loss=gpt.val_loss(model, text, enc, device)[0] if text else None,
             length=sum(len(enc.encode_ordinary(a)) for a in answers[:N]) / N, golds=gold)
 
@@ -140,7 +135,7 @@ def evaluate(cfg):
             rows.append(row("sft-greedy", model, greedy, cost, state.get("seed")))
         if stage == "sft" and reward_model and cfg.best_of:
             samples = [sft.reply(model, enc, chats, cfg.max_new_tokens, seed=cfg.seed + 2 + k) for k in range(cfg.best_of)]
-            scores = torch.tensor([reward_scores(reward_model, enc, chats, s, device) for s in samples])      # (n, N)
+            scores = torch.tensor([reward.score_answers(reward_model, enc, chats, s) for s in samples])      # (n, N)
             best = [samples[k][i] for i, k in enumerate(scores.argmax(0).tolist())]
             n = cfg.best_of
             rows.append(row(f"best-of-{n}", model, best, math.log(n) - (n - 1) / n, state.get("seed")))

@@ -36,8 +36,7 @@ length (PPO gives that a penalty instead).
 Sources: GAE, arXiv:1506.02438 eq. 16; in PPO, arXiv:1707.06347 eq. 11-12; for language models, arXiv:2009.01325 (gamma 1,
 lambda .95) and InstructGPT, arXiv:2203.02155 (no discount, lambda not printed). Whitening: openai/lm-human-preferences.
 """
-import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -142,7 +141,12 @@ def main(config):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=float, default=f.default)
-    main(Config(**vars(parser.parse_args())))
+    from gpt import UserError, run
+
+    def checked(config):
+        try:
+            main(config)
+        except ValueError as e:
+            raise UserError(e) from None
+
+    run(checked, Config, __doc__)

@@ -16,13 +16,13 @@ a last LayerNorm, and logits read off with the token embedding itself (tied weig
     python gpt.py --data my.txt --out out/mine       on any UTF-8 text: a file, or a folder of *.txt
     python gpt.py --sample "Tom went to the"         continue a text with the checkpoint that is there
 
-On two CPU cores the village takes about a minute and a half. Read next: sft.py.
+Two minutes and a half on two CPU cores. Read next: sft.py.
 
 Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary. `logits[:, t]` predicts `ids[:, t+1]`.
 Padding stands on the right, in training and in generation: a causal model's real tokens never see it.
 """
 import argparse, ast, base64, dataclasses, difflib, hashlib, inspect, json, math, os, random, re, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 @dataclass
 class Config:
     data: str = ""
-    "a UTF-8 text file, or a folder of *.txt (one source each); empty: the village, in OUT/data/pretrain"
+    "a UTF-8 text file, or a folder of *.txt (one source each); a line <|end|> parts documents; empty: the village"
     mixture: str = ""
     "how often each source is drawn, such as 'books=2,web=1'; empty: mixture.json of the folder, else by size"
     out: str = "out"
@@ -165,7 +165,7 @@ class GPT(nn.Module):
         # copying a word from the prompt is learned from 1M tokens instead of 3M (measured). Both are trained as usual.
         nn.init.normal_(self.wte.weight, std=0.06)
         angle = torch.arange(config.block_size)[:, None] * 10_000 ** -(torch.arange(0, config.n_embd, 2) / config.n_embd)
-        self.wpe.weight.data[:, 0::2], self.wpe.weight.data[:, 1::2] = 0.05 * angle.sin(), 0.05 * angle.cos()
+        self.wpe.weight.data[:, 0::2], self.wpe.weight.data[:, 1::2] = 0.05 * angle.sin(), 0.05 * angle.cos()[:, :config.n_embd // 2]
 
     def hidden(self, ids, cache=None, segments=None):
         """(B, T) token ids -> (B, T, C) states after the last LayerNorm: what every head reads.
@@ -195,13 +195,17 @@ class GPT(nn.Module):
     TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder, dropout=0.0):
         """Read GPT-2 weights (config.json and model.safetensors or pytorch_model.bin) from a local folder."""
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: no config.json there; --init-from wants a folder in Hugging Face's GPT-2 layout")
-        raw = json.loads((folder / "config.json").read_text())
-        model = cls(GPTConfig(raw["vocab_size"], raw["n_positions"], raw["n_layer"], raw["n_head"], raw["n_embd"]))
+        try:
+            raw = json.loads(read_text(folder / "config.json"))
+            sizes = [raw[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder}/config.json: not a GPT-2 configuration ({type(e).__name__} {e})") from None
+        model = cls(GPTConfig(*sizes, dropout=dropout))
         if (folder / "model.safetensors").exists():
             try:
                 from safetensors.torch import load_file
@@ -213,15 +217,26 @@ class GPT(nn.Module):
         else:
             raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
         weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
-        model.load_state_dict({k: weights[k].T if k.endswith(cls.TRANSPOSED) else weights[k]
-                               for k in model.state_dict()})
+        try:
+            model.load_state_dict({k: weights[k].T if k.endswith(cls.TRANSPOSED) else weights[k]
+                                   for k in model.state_dict()})
+        except (KeyError, RuntimeError) as e:
+            raise UserError(f"{folder}: the weights do not fit config.json ({str(e).splitlines()[-1].strip()})") from None
         return model
+
+    def add_tokens(self, vocab_size):
+        """Grow the vocabulary: GPT-2 has no role tokens. New rows start as the mean of the old, which no softmax dislikes."""
+        old = self.wte.weight.data
+        self.wte = nn.Embedding(vocab_size, self.config.n_embd, device=old.device)
+        self.wte.weight.data = torch.cat([old, old.mean(0).expand(vocab_size - len(old), -1)])
+        self.config.vocab_size = vocab_size
 
     def save_pretrained(self, folder):
         """Write config.json and pytorch_model.bin that transformers' GPT2LMHeadModel reads."""
-        c, folder = self.config, Path(folder)
-        weights = {"transformer." + k: (v.T if k.endswith(self.TRANSPOSED) else v).cpu().contiguous()
-                   for k, v in self.state_dict().items()}
+        c, folder, state = self.config, Path(folder), self.state_dict()
+        if not c.bias:   # theirs always has biases: zeros do the same
+            state |= {k: torch.zeros(len(state[k.replace("bias", "weight")])) for k in GPT(replace(c, bias=True)).state_dict() if k not in state}
+        weights = {"transformer." + k: (v.T if k.endswith(self.TRANSPOSED) else v).cpu().contiguous() for k, v in state.items()}
         save_checkpoint(folder / "pytorch_model.bin", **weights, **{"lm_head.weight": weights["transformer.wte.weight"]})
         (folder / "config.json").write_text(json.dumps(dict(
             model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
@@ -274,7 +289,7 @@ def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     if top_p is not None:
         ordered, order = probs.sort(dim=-1, descending=True)
         # A token goes when those above it already hold top_p: the one that crosses the line stays, so one always does.
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        ordered[:, 1:][(ordered.cumsum(-1) - ordered)[:, 1:] >= top_p] = 0
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     return torch.multinomial(probs, 1, generator=rng)[:, 0]
 
@@ -309,7 +324,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
         for row, token in enumerate(tokens.tolist()):
             i = alive[row]
             new[i].append(token)
-            if token != stop and len(new[i]) < max_new_tokens and lengths[i] + len(new[i]) <= config.block_size:
+            if token != stop and len(new[i]) < max_new_tokens and lengths[i] + len(new[i]) < config.block_size:
                 keep.append(row)
         if not keep:
             model.train(was_training)
@@ -350,10 +365,12 @@ def get_tokenizer(name=None):
     it can then never produce a special token. Raises UserError when there is no such tokenizer.
     """
     path = Path(name) if name else HERE / "data" / "tokenizer.json"
-    if path.exists():
+    if path.is_file():
         try:
-            raw = json.loads(path.read_text())
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(raw["ranks"])}
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(raw["ranks"])}
+            if raw["special"] != SPECIAL or len(ranks) < 256:
+                raise ValueError(f"it needs the 256 bytes and the special tokens {SPECIAL}")
             special = {token: len(ranks) + i for i, token in enumerate(raw["special"])}
             return tiktoken.Encoding(raw["name"], pat_str=raw["pattern"], mergeable_ranks=ranks, special_tokens=special)
         except (ValueError, KeyError, TypeError) as e:
@@ -361,9 +378,15 @@ def get_tokenizer(name=None):
     try:
         enc = tiktoken.get_encoding(name)
     except Exception as e:  # tiktoken downloads its vocabularies: no network shows as many kinds of error
-        raise UserError(f"tokenizer {name!r}: neither a file nor a tiktoken name that can be had here ({type(e).__name__})") from None
+        raise UserError(f"tokenizer {name!r}: neither a file nor a tiktoken name that can be had here "
+                        f"({type(e).__name__}); make one with: python data/bpe.py --data my.txt --out my.json") from None
     special = {**enc._special_tokens, **{token: enc.n_vocab + i for i, token in enumerate(SPECIAL)}}
     return tiktoken.Encoding(name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=special)
+
+
+def end_of(enc):
+    """The id of <|end|>: the end of a document, and of a turn."""
+    return enc._special_tokens["<|end|>"]
 
 
 def fingerprint(enc):
@@ -371,6 +394,7 @@ def fingerprint(enc):
     h = hashlib.sha256(enc._pat_str.encode())
     for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda x: x[1]):
         h.update(len(token).to_bytes(4, "big") + token)
+    h.update(repr(sorted(enc._special_tokens.items())).encode())
     return h.hexdigest()[:16]
 
 
@@ -406,16 +430,19 @@ def load_model(path, device="cpu", dropout=0.0):
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {"model", "gpt", "tokenizer", "fingerprint"} <= set(state):
         raise UserError(f"{path}: a file, but no checkpoint of this project")
-    enc = get_tokenizer(state["tokenizer"])
+    try:
+        enc = get_tokenizer(state["tokenizer"])
+    except UserError as e:
+        raise UserError(f"{path}: its tokenizer is gone: {e}") from None
     if fingerprint(enc) != state["fingerprint"]:
         raise UserError(f"{path}: trained with another tokenizer than {state['tokenizer'] or 'data/tokenizer.json'} "
                         f"holds now; train it again, or bring that tokenizer back")
-    model = GPT(GPTConfig(**{**state["gpt"], "dropout": dropout}))
     try:
+        model = GPT(GPTConfig(**{**state["gpt"], "dropout": dropout}))
         # A reward model keeps its body under "body.", and three small things beside it.
         body = {k.removeprefix("body."): v for k, v in state["model"].items() if k.startswith("body.")}
         model.load_state_dict(body or state["model"])
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
         raise UserError(f"{path}: its weights do not fit its own sizes ({str(e).splitlines()[-1].strip()})") from None
     return model.to(device).eval(), enc, state
 
@@ -429,6 +456,13 @@ def pick_device(name):
     if not ok[name]:
         raise UserError(f"--device {name}: this machine has none that torch can use; type --device cpu")
     return torch.device(name)
+
+
+def run_folder(path):
+    """The folder of a run as a Path; it is made when the first file is written. Raises UserError where a file stands."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"--out {path}: a file stands there; name a folder")
+    return Path(path)
 
 
 def set_seed(seed):
@@ -503,12 +537,21 @@ def parse(cls, doc, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def require(cfg, least, *names):
+    """Raise UserError unless each named setting is at least `least`."""
+    for name in names:
+        if not getattr(cfg, name) >= least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least}")
+
+
 def run(main, cls, doc):
     """Start a script: a user's mistake ends it with one line on stderr and exit code 2, never with a traceback."""
     try:
         main(parse(cls, doc))
     except UserError as e:
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
+    except OSError as e:   # no place on the disk, no permission, a file where a folder should be
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped; what was finished is in its folder", file=sys.stderr) or 130)
 
@@ -538,15 +581,15 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     file. The last part of each source is kept for validation. Weights, as shares of the tokens drawn: `mixture`
     ('books=2,web=1'), else the folder's mixture.json, else by size. Raises UserError for a missing, empty or short text.
     """
-    path, end = Path(path), enc._special_tokens["<|end|>"]
+    path, end = Path(path), end_of(enc)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no *.txt file in this folder")
     sources = {}
     for file in files:
-        texts = [t for t in re.split(r"^<\|end\|>\n", read_text(file), flags=re.M) if t.strip()]
+        texts = [t for t in re.split(r"^<\|end\|>\r?(?:\n|\Z)", read_text(file), flags=re.M) if t.strip()]
         documents = [torch.tensor(enc.encode_ordinary(t) + [end], dtype=torch.int32) for t in texts]
-        n, total = 0, sum(map(len, documents))
+        total = sum(map(len, documents))
         if total * min(val_fraction, 1 - val_fraction) <= block_size:
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction {val_fraction} both parts must exceed one "
                             f"block of {block_size} tokens; bring more text, or a smaller --block-size")
@@ -555,15 +598,19 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
             last, missing = train[-1], int(total * val_fraction) + 1 - sum(map(len, val))
             val.append(last[-missing:])
             train = train[:-1] + ([last[:-missing]] if len(last) > missing else [])
-        sources[file.stem] = (train, val[::-1], sum(map(len, train)))
-    weights = {}
-    if mixture:
-        try:
+        name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
+        sources[name] = (train, val[::-1], sum(map(len, train)))
+    weights, written = {}, path / "mixture.json"
+    try:
+        if mixture:
             weights = {k.strip(): float(v) for k, v in (part.split("=") for part in mixture.split(","))}
-        except ValueError:
-            raise UserError(f"--mixture {mixture!r}: write it as name=weight,name=weight") from None
-    elif path.is_dir() and (path / "mixture.json").exists():
-        weights = json.loads((path / "mixture.json").read_text())
+        elif path.is_dir() and written.exists():
+            weights = {k: float(v) for k, v in json.loads(read_text(written)).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"--mixture {mixture!r}: write it as name=weight,name=weight" if mixture else
+                        f"{written}: expected a JSON object such as {{\"books\": 2, \"web\": 1}}") from None
+    if weights and not (min(weights.values()) >= 0 < sum(weights.values()) < math.inf):
+        raise UserError(f"mixture {mixture or written}: weights must be 0 or more, and not all 0")
     if set(weights) - set(sources):
         raise UserError(f"mixture names {sorted(set(weights) - set(sources))}, but the sources are {sorted(sources)}")
     return {k: (v[0], v[1], weights.get(k, 0.0) if weights else v[2]) for k, v in sources.items()}
@@ -588,8 +635,8 @@ def pack(texts, T):
 def draw_documents(sources, n_tokens, T, rng):
     """Documents by weight until they make n_tokens; of a long one, a random window of T tokens. -> texts, {source: tokens}."""
     names = list(sources)
-    mean_length = {k: sum(min(len(d), T) for d in sources[k][0][:1000]) / min(1000, len(sources[k][0])) for k in names}
-    odds = [sources[k][2] / mean_length[k] for k in names]
+    some = {k: sources[k][0][::max(1, len(sources[k][0]) // 1000)] for k in names}   # from all over: files may be sorted
+    odds = [sources[k][2] * len(some[k]) / sum(min(len(d), T) for d in some[k]) for k in names]
     texts, drawn = [], dict.fromkeys(names, 0)
     while sum(drawn.values()) < n_tokens:
         name = rng.choices(names, odds)[0]
@@ -613,12 +660,14 @@ def val_loss(model, sources, enc, device, limit=40_000):
     was_training, T = model.training, model.config.block_size
     model.eval()
     total = weights = nats = size = 0.0
-    n_bytes = torch.tensor([len(enc.decode_single_token_bytes(i)) if i in enc._special_tokens.values() or i < len(enc._mergeable_ranks) else 0 for i in range(enc.n_vocab)])
+    n_bytes = torch.zeros(enc.n_vocab)   # of each token; special tokens are no text
+    for token, rank in enc._mergeable_ranks.items():
+        n_bytes[rank] = len(token)
     for _, documents, weight in sources.values():
         texts, n = [], 0
         for document in documents:
             if n < limit:
-                texts += document.split(T)
+                texts += document[:limit - n].split(T)
                 n += len(document)
         ids, segments = pack(texts, T)
         loss = sum(lm_loss(model, i.to(device), s.to(device), "sum").item() for i, s in zip(ids.split(32), segments.split(32)))
@@ -630,22 +679,25 @@ def val_loss(model, sources, enc, device, limit=40_000):
 
 
 def main(cfg):
-    device = pick_device(cfg.device)
+    require(cfg, 1, "steps", "batch_tokens", "block_size", "n_layer", "n_head", "n_embd", "eval_every")
+    if cfg.schedule not in ("cosine", "constant"):
+        raise UserError(f"--schedule {cfg.schedule}: choose cosine or constant")
+    device, out = pick_device(cfg.device), run_folder(cfg.out)
     set_seed(cfg.seed)
-    out = Path(cfg.out)
     if cfg.sample:
         model, enc, _ = load_model(out / "gpt.pt", device)
-        ids = generate(model, [enc.encode_ordinary(cfg.sample)], 100, temperature=0.8, seed=cfg.seed)[0]
+        ids = generate(model, [enc.encode_ordinary(cfg.sample)], 100, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0]
         return print(cfg.sample + enc.decode(ids))
     if not cfg.data:
-        from data import village
-        cfg.data = str(village.ensure(out / "data", cfg.seed) / "pretrain")
+        from data import corpus
+        cfg.data = str(corpus.ensure(out / "data", cfg.seed) / "pretrain")
     enc = get_tokenizer(cfg.tokenizer)
     if cfg.init_from:
-        model = GPT.from_pretrained(cfg.init_from).to(device)
-        if model.config.vocab_size < enc.n_vocab:
-            raise UserError(f"--init-from {cfg.init_from} knows {model.config.vocab_size} tokens, the tokenizer "
-                            f"{enc.n_vocab}; type --tokenizer gpt2")
+        model = GPT.from_pretrained(cfg.init_from, cfg.dropout).to(device)
+        if not model.config.vocab_size <= enc.n_vocab <= model.config.vocab_size + len(SPECIAL):
+            raise UserError(f"--init-from {cfg.init_from} has {model.config.vocab_size} tokens, the tokenizer {enc.n_vocab}; "
+                            f"name the one it was trained with, such as --tokenizer gpt2")
+        model.add_tokens(enc.n_vocab)
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)).to(device)
     T = model.config.block_size
@@ -673,7 +725,7 @@ def main(cfg):
           f"{sum(drawn.values()) / (time.time() - start):,.0f} tokens/s; epochs per source: {epochs}")
     save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data, val_loss=row["val_loss"])
     first = next(iter(sources.values()))[1][0][:8].tolist()
-    text = enc.decode(generate(model, [first], 60, temperature=0.8, seed=cfg.seed)[0])
+    text = enc.decode(generate(model, [first], 60, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0])
     print(f"--- a sample\n{enc.decode(first)}|{text}\n---\nsaved {out / 'gpt.pt'}; next: python sft.py --out {out}")
 
 

@@ -25,12 +25,11 @@ Two minutes and a half on two CPU cores once the other stages are there; ten min
 Frame. All quantities of a token are (B, T-1): index t belongs to the action that produced ids[:, t+1]. Its value is V of
 the state before it, read at position t. The mask is 1 on answer tokens including the end token, and on nothing after it.
 """
-import json, math, random, time
+import math, random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import gae, gpt, reward, sft
@@ -148,22 +147,22 @@ def load_prompts(path, enc, block_size, max_new_tokens):
             messages = reward.as_messages(r["prompt"], where)
         elif "chosen" in r:
             found = reward.read_comparison(r, where)
-            odd += found is None
             messages = found and found[0]
         else:
             chat = sft.as_chat(r, where, random.Random(len(kept)))
-            odd += not chat
             messages = chat and sft.prompt_of(chat)
-        if not messages:
+        if not messages:   # no answer to tell the prompt from, or an answer to nothing
+            odd += 1
             continue
         ids = sft.render_prompt(messages, enc)
         if len(ids) + max_new_tokens > block_size:
             long += 1
         else:
             kept.append({**r, "prompt": messages, "ids": ids})
-    for n, why in ((long, f"prompt and {max_new_tokens} new tokens exceed the context of {block_size}"), (odd, "no prompt could be told from the answer")):
+    for n, why in ((long, f"prompt and {max_new_tokens} new tokens exceed the context of {block_size}"),
+                   (odd, "no prompt could be told from the answer")):
         if n:
-            print(f"{path}: {n} of {n + len(kept)} prompts left out: {why}")
+            print(f"{path}: {n} of {len(kept) + long + odd} prompts left out: {why}")
     if not kept:
         raise UserError(f"{path}: no usable prompt; lower --max-new-tokens, or pretrain with a larger --block-size")
     return kept
@@ -187,8 +186,25 @@ def roll_out(sampler, policy, reference, reward_model, value_model, prompts, end
                 scores=torch.where(ended, reward_model.score(ids, lengths), cfg.missing_end))
 
 
+def take_minibatch(policy, value_model, b, advantages, returns, rows, cfg):
+    """The two losses of a minibatch, and what the log wants to know of it. rows: indices into the rollout b."""
+    T = int(b["lengths"][rows].max())
+    ids = b["ids"][rows, :T]                                                                      # (b, T)
+    mask, old, old_values = (b[k][rows, :T - 1] for k in ("mask", "old_logprobs", "values"))      # (b, T-1) each
+    logprobs, values = gpt.token_logprobs(policy, ids), value_model(ids)[:, :-1]                  # (b, T-1) each
+    pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
+    vf_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
+    log_ratio = (logprobs - old).detach() * mask
+    return pg_loss, vf_loss, dict(
+        pg=pg_loss.item(), vf=vf_loss.item(), clipfrac=clipfrac.item(), ratio=masked_mean(log_ratio.exp(), mask).item(),
+        approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),
+        vclip=masked_mean(((values - old_values).abs() > cfg.value_clip).float(), mask).item())
+
+
 def main(cfg):
-    device, out = gpt.pick_device(cfg.device), Path(cfg.out)
+    gpt.require(cfg, 1, "updates", "epochs", "minibatches", "max_new_tokens")
+    gpt.require(cfg, 2, "rollout")
+    device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "reward.pt").exists():
         print(f"{out / 'reward.pt'} is missing: training it first")
         reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
@@ -200,7 +216,7 @@ def main(cfg):
     reward_model.requires_grad_(False)
     if gpt.fingerprint(enc) != gpt.fingerprint(reward_enc):
         raise UserError(f"{out}: sft.pt and reward.pt use different tokenizers; train the reward model again")
-    end, block = enc._special_tokens["<|end|>"], policy.config.block_size
+    end, block = gpt.end_of(enc), policy.config.block_size
     if not cfg.prompts:
         cfg.prompts = str(sft.village_data(out, cfg.seed) / "prompts_train.jsonl")
     prompts = load_prompts(cfg.prompts, enc, block, cfg.max_new_tokens)
@@ -217,47 +233,39 @@ def main(cfg):
                      [p["ids"] for p in chosen], end, cfg, seed=rng.randrange(2**31))
         rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], beta)      # (B, T-1)
         advantages, returns = gae.gae(rewards, b["values"], b["mask"], cfg.gamma, cfg.lam)
-        advantages = gae.whiten(advantages, b["mask"])
-        lr, stats, stop = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), [], False
-        for epoch in range(cfg.epochs):
-            for rows in torch.randperm(len(chosen)).to(device).chunk(cfg.minibatches):
-                T = int(b["lengths"][rows].max())
-                ids = b["ids"][rows, :T]                                                          # (b, T)
-                mask, old, old_values = (b[k][rows, :T - 1] for k in ("mask", "old_logprobs", "values"))
-                logprobs = gpt.token_logprobs(policy, ids)                                        # (b, T-1)
-                pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
-                loss = pg_loss
-                if text:
-                    rows_of_text = gpt.pack(gpt.draw_documents(text, cfg.ptx_tokens, block, rng)[0], block)
-                    loss = loss + cfg.ptx * gpt.lm_loss(policy, *(t.to(device) for t in rows_of_text))
-                values = value_model(ids)[:, :-1]
-                v_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
-                log_ratio = (logprobs - old).detach() * mask
-                stats.append(dict(epoch=epoch, pg=pg_loss.item(), vf=v_loss.item(), clipfrac=clipfrac.item(),
-                                  ratio=masked_mean(log_ratio.exp(), mask).item(), approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),
-                                  norm=0.0 if update < cfg.warmup else gpt.take_step(loss, policy_optimizer, policy, lr), vclip=masked_mean(((values - old_values).abs() > cfg.value_clip).float(), mask).item()))
-                gpt.take_step(v_loss, value_optimizer, value_model, lr)
-                stop = cfg.stop_kl and stats[-1]["approxkl"] > cfg.stop_kl
-                if stop:
-                    break
-            if stop:
-                break
-        row = diagnostics(b, returns, stats, beta, lr, update, cfg)
+        advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
+        lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
+        for rows in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(chosen)).to(device).chunk(cfg.minibatches)]:
+            loss, vf_loss, stat = take_minibatch(policy, value_model, b, advantages, returns, rows, cfg)
+            if cfg.stop_kl and stats and stat["approxkl"] > cfg.stop_kl:
+                break   # before the step: the policy has gone far enough already
+            if text:
+                packed = gpt.pack(gpt.draw_documents(text, cfg.ptx_tokens, block, rng)[0], block)
+                loss = loss + cfg.ptx * gpt.lm_loss(policy, *(t.to(device) for t in packed))
+            stat["norm"] = gpt.take_step(loss, policy_optimizer, policy, lr) if update >= cfg.warmup else 0.0
+            gpt.take_step(vf_loss, value_optimizer, value_model, lr)
+            stats.append(stat)
+        row = diagnostics(b, returns, stats, beta, lr, update)
         if gold:
-            row["objective/gold"] = sum(gold(p["task"], enc.decode([i for i in a if i != end])) for p, a in zip(chosen, b["answers"])) / len(chosen)
+            texts = [enc.decode([i for i in a if i != end]) for a in b["answers"]]
+            row["objective/gold"] = sum(gold(p["task"], t) for p, t in zip(chosen, texts)) / len(chosen)
         if cfg.target_kl:
             beta = adapt_beta(beta, row["objective/kl"], cfg.target_kl, len(chosen))
         gpt.log_metrics(log, fresh=update == 0, **row)
-        bar.set_postfix({k.split("/")[1]: f"{row[k]:.2f}" for k in ("objective/scores", "objective/gold", "objective/kl") if k in row})
+        shown = [k for k in ("objective/scores", "objective/gold", "objective/kl") if k in row]
+        bar.set_postfix({k.split("/")[1]: f"{row[k]:.2f}" for k in shown})
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
-    print(f"saved {out / cfg.name}.pt; next: python eval.py --out {out}")
+    shown = [p["prompt"] for p in prompts[:3]]
+    for chat, old, new in zip(shown, *(sft.reply(m, enc, shown, cfg.max_new_tokens, seed=cfg.seed) for m in (reference, policy))):
+        print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
+    print(f"---\nsaved {out / cfg.name}.pt; next: python eval.py --out {out}")
     if cfg.table and gold:
         import eval as results   # eval.py reads every checkpoint, so it stands above this file; only the closing table needs it
         print("--- on prompts of users whom no stage has seen")
         results.main(results.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
 
 
-def diagnostics(b, returns, stats, beta, lr, update, cfg):
+def diagnostics(b, returns, stats, beta, lr, update):
     """One row of the log, in TRL's names. KL is the mean over answers of the sum over their tokens, in nats."""
     mask, n = b["mask"], len(b["scores"])
     kl = ((b["logprobs"] - b["ref_logprobs"]) * mask).sum(1)                                     # (B,)

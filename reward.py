@@ -134,6 +134,9 @@ def read_comparison(r, where):
             raise UserError(f"{where}: every response must be a text")
         if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and 1 <= x < 1e9 for x in ranks):
             raise UserError(f"{where}: every rank must be a number from 1 (best); equal ranks are a tie")
+        for k in ("scores", "ranks_other"):
+            if k in r and (not isinstance(r[k], list) or len(r[k]) != len(answers)):
+                raise UserError(f"{where}: {k} must be a list with one number per response")
         return as_messages(r["prompt"], where), answers, ranks
     if "chosen" not in r or "rejected" not in r:
         raise UserError(f'{where}: expected "chosen" and "rejected", or "prompt", "responses" and "ranks"; found {sorted(r)[:6]}')
@@ -159,9 +162,10 @@ def load_comparisons(path):
             tied += 1
             continue
         kept.append({**r, "prompt": prompt, "responses": answers, "ranks": ranks})
-    for n, why in ((odd, "the two sides do not share one prompt and end with an answer"), (tied, "all answers are tied or the same text")):
+    for n, why in ((odd, "the two sides do not share one prompt and end with an answer"),
+                   (tied, "all answers are tied or the same text")):
         if n:
-            print(f"{path}: {n} of {n + len(kept)} records left out: {why}")
+            print(f"{path}: {n} of {len(kept) + odd + tied} records left out: {why}")
     if not kept:
         raise UserError(f"{path}: no record with two answers of different rank: nothing to learn from")
     return kept
@@ -171,7 +175,7 @@ def tokenize(records, enc, block_size):
     """-> [(list of K id tensors, start of the answers, record)]. A prompt too long for the context loses its beginning, for
     all its answers alike, so that a comparison stays fair; an answer that fills the context alone is left out, and counted."""
     examples, cut, lost = [], 0, 0
-    end = enc._special_tokens["<|end|>"]
+    end = gpt.end_of(enc)
     for r in records:
         prompt = sft.render_prompt(r["prompt"], enc)
         answers = [enc.encode_ordinary(a) + [end] for a in r["responses"]]
@@ -210,6 +214,14 @@ def score_all(model, examples, device, batch=256):
                 scores[i] = s
     it = iter(scores)
     return [[next(it) for _ in e[0]] for e in examples]
+
+
+def score_answers(model, enc, chats, answers):
+    """The score of one answer to each chat, its end token added; what exceeds the context is cut before it."""
+    room = model.body.config.block_size - 1
+    rows = [torch.tensor((sft.render_prompt(c, enc) + enc.encode_ordinary(a))[:room] + [gpt.end_of(enc)])
+            for c, a in zip(chats, answers)]
+    return score_all(model, [(rows, 0, None)], model.head.weight.device)[0]
 
 
 def pair_accuracy(scores, ranks, distance=None):
@@ -257,10 +269,11 @@ def normalise(model, policy, enc, records, cfg):
     """Set mean and std so that answers of the fine-tuned model score 0 +- 1 (Ziegler et al.; both, not only the mean)."""
     chats = [r["prompt"] for r in records if len(sft.render_prompt(r["prompt"], enc)) < policy.config.block_size]
     chats = chats[:cfg.normalise_on]
+    if len(chats) < 2:
+        raise UserError(f"--normalise-on {cfg.normalise_on}: {len(chats)} prompts fit the context; "
+                        f"a mean and a deviation want 2 and more")
     answers = sft.reply(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
-    end, block = enc._special_tokens["<|end|>"], policy.config.block_size
-    rows = [(sft.render_prompt(c, enc) + enc.encode_ordinary(a))[:block - 1] + [end] for c, a in zip(chats, answers)]
-    scores = torch.tensor(score_all(model, [([torch.tensor(r) for r in rows], 0, None)], model.head.weight.device)[0])
+    scores = torch.tensor(score_answers(model, enc, chats, answers))
     model.mean.fill_(scores.mean())
     model.std.fill_(scores.std(correction=0).clamp(min=1e-3))
 
@@ -288,15 +301,17 @@ def report(name, examples, scores, extra=()):
     if all("ranks_other" in e[2] for e in examples):
         # Of the pairs that neither labeler ties, as people's agreement is counted.
         other = [e[2]["ranks_other"] for e in examples]
-        pairs = [(a[i] < a[j]) == (b[i] < b[j]) for a, b in zip(ranks, other) for i in range(len(a)) for j in range(i) if a[i] != a[j] and b[i] != b[j]]
+        pairs = [(a[i] < a[j]) == (b[i] < b[j]) for a, b in zip(ranks, other) for i in range(len(a)) for j in range(i)
+                 if a[i] != a[j] and b[i] != b[j]]
         row["labelers_agree"] = sum(pairs) / max(1, len(pairs))
     return row
 
 
 def main(cfg):
+    gpt.require(cfg, 1, "epochs", "batch_prompts", "max_new_tokens")
     if cfg.loss not in ("ranking", "token-margin", "regression"):
         raise UserError(f"--loss {cfg.loss}: choose ranking, token-margin or regression")
-    device, out = gpt.pick_device(cfg.device), Path(cfg.out)
+    device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "sft.pt").exists():
         print(f"{out / 'sft.pt'} is missing: fine-tuning it first")
         sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
@@ -352,7 +367,7 @@ def main(cfg):
     gpt.save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], tokenizer=base["tokenizer"],
                         fingerprint=base["fingerprint"], seed=cfg.seed, loss=cfg.loss)
     e, s = max(zip(val, score_all(model, val, device)), key=lambda x: max(x[1]) - min(x[1]))
-    print(f"--- {e[2]['prompt'][-1]['content']}")
+    print(f"--- {e[2]['prompt'][-1]['content']!r}")
     for score, rank, answer in sorted(zip(s, e[2]["ranks"], e[2]["responses"]), reverse=True):
         print(f"score {score:6.2f}  labeler's rank {rank}  {answer!r}")
     print(f"---\nsaved {out / 'reward.pt'}; next: python ppo.py --out {out}")

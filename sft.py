@@ -16,12 +16,11 @@ The prompt is read, never imitated. A chat becomes one line of tokens; special t
 
 Half a minute on two CPU cores. Needs OUT/gpt.pt and trains it first when it is missing. Read next: reward.py.
 """
-import gzip, importlib, json, random, re
+import gzip, importlib, json, random, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import gpt
@@ -59,7 +58,8 @@ class Config:
 
 
 # One intent, many wordings: a template drawn at random keeps the model from learning the wording (T0; Self-Instruct).
-WITH_INPUT = ["{instruction}\n\n{input}", "{instruction}\nInput: {input}", "{input}\n\n{instruction}", "Task: {instruction}\n\n{input}"]
+WITH_INPUT = ["{instruction}\n\n{input}", "{instruction}\nInput: {input}", "{input}\n\n{instruction}",
+              "Task: {instruction}\n\n{input}"]
 WITHOUT_INPUT = ["{instruction}", "Task: {instruction}"]
 
 
@@ -70,8 +70,8 @@ def read_records(path):
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except OSError as e:  # BadGzipFile is one, too
         raise UserError(f"{path}: {e.strerror or e}") from None
-    except EOFError:
-        raise UserError(f"{path}: the compressed file is cut off") from None
+    except (EOFError, zlib.error):
+        raise UserError(f"{path}: the compressed file is damaged or cut off") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -113,7 +113,7 @@ def as_chat(record, where, rng):
     if "messages" in record:
         messages = check_messages(record["messages"], where)
     elif "instruction" in record and "output" in record:
-        fields = {k: record.get(k) or "" for k in ("instruction", "input", "output")}
+        fields = {k: "" if record.get(k) is None else record[k] for k in ("instruction", "input", "output")}
         if not all(isinstance(v, str) for v in fields.values()):
             raise UserError(f"{where}: instruction, input and output must be texts")
         template = rng.choice(WITH_INPUT if fields["input"].strip() else WITHOUT_INPUT)
@@ -121,7 +121,8 @@ def as_chat(record, where, rng):
         prompt = re.sub(r"\{(\w+)\}", lambda m: fields[m[1]], template)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": fields["output"]}]
     else:
-        raise UserError(f'{where}: expected {{"messages": [...]}} or {{"instruction", "input", "output"}}, found {sorted(record)[:6]}')
+        raise UserError(f'{where}: expected {{"messages": [...]}} or {{"instruction", "input", "output"}}, '
+                        f'found {sorted(record)[:6]}')
     return messages if any(m["role"] == "assistant" and m["content"].strip() for m in messages) else None
 
 
@@ -152,7 +153,7 @@ def render(messages, enc):
         ids.extend(tokens)
         mask.extend([value] * len(tokens))
 
-    end = enc._special_tokens["<|end|>"]
+    end = gpt.end_of(enc)
     for m in check_messages(messages):
         said = int(m["role"] == "assistant")
         add([enc._special_tokens[f"<|{m['role']}|>"]], 0)
@@ -219,7 +220,8 @@ def split_by_user(records, fraction=0.05, seed=0):
     random.Random(seed).shuffle(users)
     held_out = set(users[:max(1, round(fraction * len(users)))]) if len(users) > 1 else set()
     if held_out:
-        return ([r for r in records if str(r.get("user")) not in held_out], [r for r in records if str(r.get("user")) in held_out])
+        hidden = [r.get("user") is not None and str(r["user"]) in held_out for r in records]
+        return [r for r, h in zip(records, hidden) if not h], [r for r, h in zip(records, hidden) if h]
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     n = max(1, round(fraction * len(records)))
@@ -229,7 +231,7 @@ def split_by_user(records, fraction=0.05, seed=0):
 
 def reply(model, enc, chats, max_new_tokens, **sampling):
     """Answers (texts, without the end token) to a list of chats whose last turn is the user's."""
-    end = enc._special_tokens["<|end|>"]
+    end = gpt.end_of(enc)
     ids = gpt.generate(model, [render_prompt(c, enc) for c in chats], max_new_tokens, stop=end, **sampling)
     return [enc.decode([i for i in row if i != end]) for row in ids]
 
@@ -251,8 +253,19 @@ def prompt_of(messages):
 
 
 def village_data(out, seed):
-    from data import village
-    return village.ensure(Path(out) / "data", seed)
+    from data import corpus
+    return corpus.ensure(Path(out) / "data", seed)
+
+
+def judge_from(path, device, select):
+    """For --select reward: (chats, answers) -> mean score of an earlier reward model. None for the other ways to select."""
+    if select != "reward":
+        return None
+    if not path.exists():
+        raise UserError(f"--select reward needs {path}; train it on a first sft.pt: python reward.py --out {path.parent}")
+    import reward   # a later stage, and only for this choice
+    model, enc = reward.load_reward(path, device)
+    return lambda chats, answers: sum(reward.score_answers(model, enc, chats, answers)) / len(chats)
 
 
 @torch.no_grad()
@@ -268,9 +281,10 @@ def evaluate(model, examples, device, batch_tokens=8192):
 
 
 def main(cfg):
+    gpt.require(cfg, 1, "epochs", "batch_tokens", "max_new_tokens")
     if cfg.select not in ("val", "reward", "last"):
         raise UserError(f"--select {cfg.select}: choose val, reward or last")
-    device, out = gpt.pick_device(cfg.device), Path(cfg.out)
+    device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     init = Path(cfg.init or out / "gpt.pt")
     if not init.exists() and not cfg.init:
         print(f"{init} is missing: pretraining it first")
@@ -290,6 +304,7 @@ def main(cfg):
     rng = random.Random(cfg.seed)
     plan = [batches(lengths, cfg.batch_tokens, rng) for _ in range(cfg.epochs)]
     steps, step, best, log = sum(map(len, plan)), 0, None, out / "sft.jsonl"
+    judge, gold, table = judge_from(out / "reward.pt", device, cfg.select), gold_hook(cfg.gold), []
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
     print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {steps} steps, device {device}")
     with tqdm(total=steps, desc="sft", mininterval=1) as bar:
@@ -303,17 +318,26 @@ def main(cfg):
                 gpt.log_metrics(log, fresh=step == 0, step=step, epoch=epoch, loss=loss.item(), grad_norm=norm)
                 step += 1
                 bar.update()
-            row = dict(epoch=epoch, val_loss=evaluate(model, val_examples, device))
+            row = dict(epoch=epoch, train_loss=loss.item(), val_loss=evaluate(model, val_examples, device))
+            if judge:   # what the reward model and the gold program think of samples, beside what the loss says
+                prompts = [c for c in val if len(render_prompt(prompt_of(c["messages"]) or c["messages"], enc)) < block]
+                answers = reply(model, enc, [prompt_of(c["messages"]) for c in prompts], cfg.max_new_tokens, seed=cfg.seed)
+                row["reward"] = judge([prompt_of(c["messages"]) for c in prompts], answers)
+                if gold and all(c.get("task") for c in prompts):
+                    row["gold"] = sum(gold(c["task"], a) for c, a in zip(prompts, answers)) / len(prompts)
+            table.append(row)
             gpt.log_metrics(log, **row)
             bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
-            key = {"val": -row["val_loss"], "last": epoch}[cfg.select]
+            key = {"val": -row["val_loss"], "last": epoch, "reward": row.get("reward")}[cfg.select]
             if best is None or key > best[0]:
                 best = key, epoch, {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(best[2])
+    if judge:
+        print("\n".join("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v:2d}" for k, v in row.items()) for row in table))
     gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed)
     after = reply(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     for prompt, old, new in zip(shown, before, after):
-        print(f"--- {prompt[-1]['content']}\nbefore: {old!r}\nafter:  {new!r}")
+        print(f"--- {prompt[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
     print(f"---\nsaved {out / 'sft.pt'} (epoch {best[1]}); next: python reward.py --out {out}")
 
 

@@ -10,8 +10,8 @@ frequent (4 each); on a tie the smallest wins, so d-e is first. Ten merges, in t
 "misunderstood" was never seen. Encoding it is replaying the merges in order, and gives three tokens: mis+under+stood.
 
     python data/bpe.py --data book.txt                                       # -> data/tokenizer.json, 1024 tokens
-    python data/bpe.py --data folder_of_txt --vocab_size 4096                # every *.txt below the folder
-    python data/bpe.py --data book.txt --out out/small.json --vocab_size 300
+    python data/bpe.py --data folder_of_txt --vocab-size 4096                # every *.txt below the folder
+    python data/bpe.py --data book.txt --out out/small.json --vocab-size 300
 
 Time on one core, 4096 merges: 10 MB of English or code, 5 seconds; 10 MB of Chinese, about a minute, because almost every
 clause is a different word. The slowest is a text without spaces or punctuation (one word): a minute a megabyte.
@@ -162,7 +162,7 @@ def save(path, merges, pattern=PATTERN):
 def main(config):
     # All that can be wrong is checked before the slow part, but for the disk.
     if config.vocab_size < 256 + len(SPECIAL) + 1:
-        fail(f"vocab_size {config.vocab_size} has no room for 256 bytes, 5 specials and a merge: type --vocab_size 262")
+        fail(f"vocab_size {config.vocab_size} has no room for 256 bytes, 5 specials and a merge: type --vocab-size 262")
     files = find_files(config.data)
     if os.path.isdir(config.out) or Path(config.out).resolve() in [path.resolve() for path in files]:
         fail(f"--out {config.out} is a folder or the text itself: type --out SOMETHING.json")
@@ -194,5 +194,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=style)
     parser.error = lambda message: fail(f"{message}: type python data/bpe.py --help")
     for field, advice in zip(fields(Config), body[1::2]):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=advice.value.value)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", f"--{field.name}", type=field.type, default=field.default, help=advice.value.value)
     main(Config(**vars(parser.parse_args())))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt, sft
-from data import village
+from data import corpus, village
 
 LABELERS = 12
 
@@ -51,13 +51,14 @@ def rank(model, enc, prompts, seed=0, max_new_tokens=64):
         scores = opinions(p["task"], mine, people[one], rng)
         other = ranks_of(opinions(p["task"], mine, people[two], rng))
         if len(set(scores)) > 1:
-            records.append({**p, "responses": mine, "ranks": ranks_of(scores), "scores": scores, "labeler": one, "ranks_other": other})
+            records.append({**p, "responses": mine, "ranks": ranks_of(scores), "scores": scores, "labeler": one,
+                            "ranks_other": other})
     return records
 
 
 def ensure(out, seed=0, device="auto"):
     """Paths of the ranked training and validation files, made from OUT/sft.pt when they are missing."""
-    folder = village.ensure(Path(out) / "data", seed)
+    folder = corpus.ensure(Path(out) / "data", seed)
     paths = [folder / "ranked_train.jsonl", folder / "ranked_val.jsonl"]
     if not all(p.exists() for p in paths):
         print(f"no ranked answers in {folder}: sampling them from {Path(out) / 'sft.pt'} and asking the labelers")
@@ -68,3 +69,21 @@ def ensure(out, seed=0, device="auto"):
             part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
             os.replace(part, path)
     return [str(p) for p in paths]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", help="folder of the run [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="then print N ranked prompts")
+    args = parser.parse_args()
+    try:
+        train, _ = ensure(args.out, args.seed, args.device)
+    except gpt.UserError as e:
+        sys.exit(print(f"labelers.py: {e}", file=sys.stderr) or 2)
+    for line in open(train, encoding="utf-8").readlines()[:args.show]:
+        record = json.loads(line)
+        print(record["prompt"][-1]["content"])
+        for r, answer in sorted(zip(record["ranks"], record["responses"])):
+            print(f"    rank {r}  {answer}")

@@ -244,7 +244,7 @@ def test_same_text_same_bytes_whatever_the_order_of_files(tmp_path):
         for j, text in enumerate(order):
             (folder / f"{j}.txt").write_bytes(text.encode())
         (folder / "notes.md").write_text("never read")
-        run = cli("--data", folder.parent, "--out", tmp_path / f"cli{i}.json", "--vocab_size", 350, cwd=tmp_path)
+        run = cli("--data", folder.parent, "--out", tmp_path / f"cli{i}.json", "--vocab-size", 350, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         written.add((tmp_path / f"cli{i}.json").read_bytes())
     assert len(written) == 1
@@ -252,7 +252,7 @@ def test_same_text_same_bytes_whatever_the_order_of_files(tmp_path):
 
 def test_command_reports_size_and_true_bytes_per_token(tmp_path):
     (tmp_path / "book.txt").write_bytes(ENGLISH.encode())
-    run = cli("--data", "book.txt", "--out", "new/folder/t.json", "--vocab_size", "5000", cwd=tmp_path)
+    run = cli("--data", "book.txt", "--out", "new/folder/t.json", "--vocab-size", "5000", cwd=tmp_path)
     assert run.returncode == 0 and run.stderr == ""
     enc = load(tmp_path / "new" / "folder" / "t.json")
     ratio = len(ENGLISH.encode()) / len(enc.encode_ordinary(ENGLISH))
@@ -262,7 +262,7 @@ def test_command_reports_size_and_true_bytes_per_token(tmp_path):
 
 def test_carriage_returns_are_kept(tmp_path):
     (tmp_path / "dos.txt").write_bytes(b"one\r\ntwo\r\nthree\r\n")
-    assert cli("--data", "dos.txt", "--out", "t.json", "--vocab_size", "262", cwd=tmp_path).returncode == 0
+    assert cli("--data", "dos.txt", "--out", "t.json", "--vocab-size", "262", cwd=tmp_path).returncode == 0
     assert load(tmp_path / "t.json").decode_single_token_bytes(256) == b"\r\n"
 
 
@@ -277,8 +277,8 @@ BAD = {  # arguments -> what the one line must say
     "--data empty.txt": ["no text", "empty.txt"],
     "--data no_txt": ["no *.txt", "no_txt"],
     "--data mixed": ["latin.txt", "byte 9", "iconv"],
-    "--data good.txt --vocab_size 261": ["261", "--vocab_size 262"],
-    "--data good.txt --vocab_size many": ["many", "--help"],
+    "--data good.txt --vocab-size 261": ["261", "--vocab-size 262"],
+    "--data good.txt --vocab-size many": ["many", "--help"],
     "--data good.txt --vocabsize 300": ["--vocabsize", "--help"],
     "--data good.txt --out no_txt": ["no_txt", "folder"],
     "--data good.txt --out ./good.txt": ["good.txt", "--out"],

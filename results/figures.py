@@ -1,0 +1,85 @@
+"""From the numbers of results/*.jsonl to README's tables (results/tables.md) and figures. Made by results/make.sh.
+
+    python results/figures.py        needs matplotlib for the figures; without it, the tables alone
+"""
+import json, re, statistics
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def load(stage):
+    """{seed: rows} of one stage's metrics."""
+    files = sorted(HERE.glob(f"{stage}-seed*.jsonl"))
+    return {int(re.search(r"seed(\d+)", f.name)[1]): [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+
+
+def spread(values, form="{:.2f}", scale=1):
+    """Mean and range over the seeds."""
+    values = [scale * v for v in values if v is not None]
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return form.format(statistics.mean(values)) + (f" ({low} to {high})" if low != high else "")
+
+
+def table_a(runs):
+    lines = ["| | gold | win rate vs sft | made up | rude | KL | LM loss | length | gold above greedy sft |", "|---|---|---|---|---|---|---|---|---|"]
+    stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows))
+    for stage in stages:
+        rows = [r for run in runs.values() for r in run if r["stage"] == stage]
+        def get(key):
+            return [r[key] for r in rows]
+        lines.append(f"| {stage} | {spread(get('gold'))} | {spread(get('win_rate_vs_sft'), '{:.0f}%', 100)} | {spread(get('hallucination_rate'), '{:.0f}%', 100)} | "
+                     f"{spread(get('rude_rate'), '{:.1f}%', 100)} | {spread(get('kl_to_sft'), '{:.1f}')} | {spread(get('lm_loss'))} | {spread(get('length'), '{:.1f}')} | "
+                     f"{spread(get('gold_minus_greedy'), '{:+.2f}')}, 95% ±{max(get('gold_minus_greedy_ci')):.2f} |")
+    return "\n".join(lines)
+
+
+def table_b(runs):
+    keys = ["accuracy", "labelers_agree", "accuracy_against_gold", "gold_program", "word_counts", "length_alone", "distance_1", "distance_2", "distance_3+"]
+    lines = ["| pairs of | " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for split in ("training users", "held-out users"):
+        rows = [r for run in runs.values() for r in run if r.get("split") == split]
+        lines.append(f"| {split} | " + " | ".join(spread([r[k] for r in rows], "{:.3f}") for k in keys) + " |")
+    return "\n".join(lines)
+
+
+def smooth(values, n=9):
+    return [statistics.mean(values[max(0, i - n // 2):i + n // 2 + 1]) for i in range(len(values))]
+
+
+def figures(plt):
+    runs = {"default beta 0.1": load("ppo-long"), "beta 0": load("ppo-beta-0")}
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    for (label, seeds), colour in zip(runs.items(), ("tab:blue", "tab:red")):
+        for n, rows in enumerate(seeds.values()):
+            x = [r["update"] for r in rows]
+            for ax, key in zip(axes, ("objective/scores", "objective/gold", "objective/kl")):
+                ax.plot(x, smooth([r[key] for r in rows]), color=colour, alpha=0.8, lw=1.3, label=label if n == 0 else None)
+    for ax, title in zip(axes, ("reward model's score (what PPO sees)", "gold score (what is true)", "KL to sft, nats per answer")):
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("PPO update")
+        ax.grid(alpha=0.3)
+    axes[2].set_yscale("symlog")
+    axes[0].legend()
+    fig.tight_layout()
+    fig.savefig(HERE / "overoptimisation.png", dpi=110)
+
+
+def main():
+    parts = [("(A) gold grades of held-out prompts, three seeds: mean (lowest to highest)", table_a(load("eval"))),
+             ("(B) the reward model", table_b(load("reward")))]
+    (HERE / "tables.md").write_text("\n\n".join(f"{title}\n\n{text}" for title, text in parts) + "\n")
+    print((HERE / "tables.md").read_text())
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("no figures: pip install matplotlib")
+    figures(plt)
+
+
+if __name__ == "__main__":
+    main()
