@@ -8,10 +8,10 @@ for seed in ${1:-0 1 2}; do
   run=out/seed$seed
   python ppo.py --seed "$seed" --out "$run" --no-table
   python ppo.py --seed "$seed" --out "$run" --no-table --name ppo-no-ptx --ptx 0
-  python ppo.py --seed "$seed" --out "$run" --no-table --name ppo-beta-0 --beta 0 --updates 150
-  python ppo.py --seed "$seed" --out "$run" --no-table --name ppo-long --updates 150
+  [ "$seed" = 2 ] || python ppo.py --seed "$seed" --out "$run" --no-table --name ppo-beta-0 --beta 0 --updates 150
+  [ "$seed" = 2 ] || python ppo.py --seed "$seed" --out "$run" --no-table --name ppo-long --updates 150
   python eval.py --seed "$seed" --out "$run" --json --save "results/eval-seed$seed.jsonl" > /dev/null
-  for stage in gpt sft reward ppo ppo-no-ptx ppo-beta-0 ppo-long; do
+  for stage in gpt sft reward ppo ppo-no-ptx $([ "$seed" = 2 ] || echo ppo-beta-0 ppo-long); do
     cp "$run/$stage.jsonl" "results/$stage-seed$seed.jsonl"
   done
 done
