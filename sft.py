@@ -257,15 +257,25 @@ def village_data(out, seed):
     return corpus.ensure(Path(out) / "data", seed)
 
 
-def judge_from(path, device, select):
-    """For --select reward: (chats, answers) -> mean score of an earlier reward model. None for the other ways to select."""
-    if select != "reward":
-        return None
+def judge_from(path, val, block_size, cfg):
+    """For --select reward: a function that lets a model answer the validation prompts, and returns what an earlier reward model
+    (and the gold program, where records carry a task) think of the answers. For the other ways to select: no opinion."""
+    if cfg.select != "reward":
+        return lambda model: {}
     if not path.exists():
         raise UserError(f"--select reward needs {path}; train it on a first sft.pt: python reward.py --out {path.parent}")
     import reward   # a later stage, and only for this choice
-    model, enc = reward.load_reward(path, device)
-    return lambda chats, answers: sum(reward.score_answers(model, enc, chats, answers)) / len(chats)
+    judge, enc = reward.load_reward(path)
+    chats = [c for c in val if prompt_of(c["messages"]) and len(render_prompt(prompt_of(c["messages"]), enc)) < block_size]
+    prompts, gold = [prompt_of(c["messages"]) for c in chats], gold_hook(cfg.gold)
+
+    def opinion(model):
+        answers = reply(model, enc, prompts, cfg.max_new_tokens, seed=cfg.seed)
+        row = {"reward": sum(reward.score_answers(judge, enc, prompts, answers)) / len(prompts)}
+        if gold and all(c.get("task") for c in chats):
+            row["gold"] = sum(gold(c["task"], a) for c, a in zip(chats, answers)) / len(chats)
+        return row
+    return opinion
 
 
 @torch.no_grad()
@@ -304,7 +314,7 @@ def main(cfg):
     rng = random.Random(cfg.seed)
     plan = [batches(lengths, cfg.batch_tokens, rng) for _ in range(cfg.epochs)]
     steps, step, best, log = sum(map(len, plan)), 0, None, out / "sft.jsonl"
-    judge, gold, table = judge_from(out / "reward.pt", device, cfg.select), gold_hook(cfg.gold), []
+    judge, table = judge_from(out / "reward.pt", val, block, cfg), []
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
     print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {steps} steps, device {device}")
     with tqdm(total=steps, desc="sft", mininterval=1) as bar:
@@ -318,13 +328,7 @@ def main(cfg):
                 gpt.log_metrics(log, fresh=step == 0, step=step, epoch=epoch, loss=loss.item(), grad_norm=norm)
                 step += 1
                 bar.update()
-            row = dict(epoch=epoch, train_loss=loss.item(), val_loss=evaluate(model, val_examples, device))
-            if judge:   # what the reward model and the gold program think of samples, beside what the loss says
-                prompts = [c for c in val if len(render_prompt(prompt_of(c["messages"]) or c["messages"], enc)) < block]
-                answers = reply(model, enc, [prompt_of(c["messages"]) for c in prompts], cfg.max_new_tokens, seed=cfg.seed)
-                row["reward"] = judge([prompt_of(c["messages"]) for c in prompts], answers)
-                if gold and all(c.get("task") for c in prompts):
-                    row["gold"] = sum(gold(c["task"], a) for c, a in zip(prompts, answers)) / len(prompts)
+            row = dict(epoch=epoch, train_loss=loss.item(), val_loss=evaluate(model, val_examples, device)) | judge(model)
             table.append(row)
             gpt.log_metrics(log, **row)
             bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
@@ -332,8 +336,8 @@ def main(cfg):
             if best is None or key > best[0]:
                 best = key, epoch, {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(best[2])
-    if judge:
-        print("\n".join("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v:2d}" for k, v in row.items()) for row in table))
+    for row in table:
+        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v:2d}" for k, v in row.items()))
     gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed)
     after = reply(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     for prompt, old, new in zip(shown, before, after):

@@ -632,8 +632,8 @@ def test_diagnostics_by_hand():
     tensor = lambda rows: torch.tensor(rows, dtype=torch.float64)
     b = dict(logprobs=tensor([[-1, -2, 7], [-3, 7, 7]]), ref_logprobs=tensor([[-2, -4, 8], [-2, 9, 9]]), values=tensor([[1, 1, 50], [1, 50, 50]]),
              mask=tensor([[1, 1, 0], [1, 0, 0]]), scores=tensor([2, -3]), ended=torch.tensor([True, False]))
-    stats = [dict(pg=1.0, vf=2.0, clipfrac=0.0, ratio=1.0, approxkl=0.0, norm=3.0, vclip=0.0, epoch=0),
-             dict(pg=2.0, vf=4.0, clipfrac=0.5, ratio=1.5, approxkl=0.2, norm=5.0, vclip=0.5, epoch=0)]
+    stats = [dict(pg=1.0, vf=2.0, clipfrac=0.0, ratio=1.0, approxkl=0.0, norm=3.0, vclip=0.0),
+             dict(pg=2.0, vf=4.0, clipfrac=0.5, ratio=1.5, approxkl=0.2, norm=5.0, vclip=0.5)]
     row = ppo.diagnostics(b, tensor([[2, 1, 0], [3, 0, 0]]), stats, 0.1, 1e-3, 4)
     want = {"objective/kl": 1.0, "objective/scores": -0.5, "objective/non_score_reward": -0.1, "objective/rlhf_reward": -0.6,
             "objective/entropy": 3.0, "objective/length": 1.5, "val/num_eos_tokens": 1, "objective/beta": 0.1, "episode": 10,

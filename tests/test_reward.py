@@ -250,6 +250,15 @@ def sampled(policy, chats, seed, n=8):
     return [(sft.render_prompt(c, ENC) + ENC.encode_ordinary(a))[:63] + [END] for c, a in zip(chats, answers)]
 
 
+def test_score_answers_scores_each_text_at_its_end_token(model):
+    chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
+    answers = ["moo", "", "It is late. " * 30, "<|end|>", *QUESTIONS[4:]]  # one exceeds the context: its tail goes, not the end token
+    texts = [(sft.render_prompt(c, ENC) + ENC.encode_ordinary(a))[:63] + [END] for c, a in zip(chats, answers)]
+    want = [model(torch.tensor([t]))[0, -1].item() for t in texts]
+    assert len(texts[2]) == 64
+    assert reward.score_answers(model, ENC, chats, answers) == pytest.approx(want, abs=1e-5)
+
+
 def test_normalised_scores_of_sft_samples_have_mean_0_and_deviation_1(model):
     policy, cfg = tiny_gpt(1), reward.Config(normalise_on=40, max_new_tokens=8, seed=3)
     with torch.no_grad():
