@@ -48,7 +48,7 @@ class Config:
     init_from: str = ""
     "a folder with GPT-2 weights in Hugging Face's layout to start from; it decides the five sizes below"
     n_layer: int = 2
-    "depth; 2 x 128 learns the village in a minute or two, 6 x 384 wants a GPU"
+    "depth; 2 x 128 learns the village in minutes, 6 x 384 wants a GPU"
     n_head: int = 4
     "attention heads; must divide n_embd"
     n_embd: int = 128
@@ -62,21 +62,21 @@ class Config:
     batch_tokens: int = 512
     "tokens per step; small steps, and many, teach a tiny model fastest; 100k and more for 100M parameters"
     lr: float = 2e-3
-    "peak learning rate of AdamW; 3e-3 below 1M parameters, 6e-4 at 100M"
+    "peak learning rate of AdamW; 2e-3 below 1M parameters, 6e-4 at 100M"
     schedule: str = "cosine"
     "cosine (down to a tenth) or constant; both after a short warmup"
     weight_decay: float = 0.01
     "on matrices only"
     val_fraction: float = 0.05
     "the tail of each source that is kept for validation"
-    eval_every: int = 500
+    eval_every: int = 1000
     "steps between two looks at the validation loss"
     sample: str = ""
     "a text to continue with OUT/gpt.pt; nothing is trained"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
-    "auto, cpu, cuda or mps"
+    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
 
 
 class UserError(ValueError):
@@ -420,8 +420,9 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); train it again") from None
 
 
-def save_model(path, model, enc, name, **extra):
-    save_checkpoint(path, model=model.state_dict(), gpt=dataclasses.asdict(model.config), tokenizer=name,
+def save_model(path, model, enc, tokenizer, **extra):
+    """A checkpoint that load_model reads. tokenizer is the name that get_tokenizer finds enc by."""
+    save_checkpoint(path, model=model.state_dict(), gpt=dataclasses.asdict(model.config), tokenizer=tokenizer,
                     fingerprint=fingerprint(enc), **extra)
 
 
@@ -469,7 +470,7 @@ def set_seed(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)   # else tiny gradients become denormal numbers, which a CPU multiplies 100 times slower
 
 
 def autocast(device):
@@ -537,11 +538,12 @@ def parse(cls, doc, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
-def require(cfg, least, *names):
-    """Raise UserError unless each named setting is at least `least`."""
+def require(cfg, least, *names, most=math.inf):
+    """Raise UserError unless each named setting is between `least` and `most`."""
     for name in names:
-        if not getattr(cfg, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least}")
+        if not least <= getattr(cfg, name) <= most:
+            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {bounds}")
 
 
 def run(main, cls, doc):
@@ -593,13 +595,16 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
         if total * min(val_fraction, 1 - val_fraction) <= block_size:
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction {val_fraction} both parts must exceed one "
                             f"block of {block_size} tokens; bring more text, or a smaller --block-size")
-        val, train = [], documents
-        while sum(map(len, val)) < total * val_fraction:   # whole documents from the end; the one on the border is cut
-            last, missing = train[-1], int(total * val_fraction) + 1 - sum(map(len, val))
-            val.append(last[-missing:])
-            train = train[:-1] + ([last[:-missing]] if len(last) > missing else [])
+        val, missing = [], math.ceil(total * val_fraction)
+        while missing > 0:   # whole documents from the end; the one on the border is cut
+            last = documents.pop()
+            if len(last) > missing:
+                documents.append(last[:-missing])
+                last = last[-missing:]
+            val.append(last)
+            missing -= len(last)
         name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
-        sources[name] = (train, val[::-1], sum(map(len, train)))
+        sources[name] = (documents, val[::-1], sum(map(len, documents)))
     weights, written = {}, path / "mixture.json"
     try:
         if mixture:
@@ -627,16 +632,31 @@ def pack(texts, T):
             rows, used = rows + [[]], 0
         rows[-1].append(text)
         used += len(text)
-    ids = pad([torch.cat(r) for r in rows] + [torch.zeros(T)])[:-1].long()                        # (B, T)
-    segments = pad([torch.cat([torch.full((len(t),), i) for i, t in enumerate(r, 1)]) for r in rows] + [torch.zeros(T)])[:-1]
-    return ids, segments.long()
+    ids, segments = torch.zeros(2, len(rows), T, dtype=torch.long)                                # (B, T) each
+    for b, row in enumerate(rows):
+        start = 0
+        for i, text in enumerate(row, 1):
+            ids[b, start:start + len(text)], segments[b, start:start + len(text)] = text, i
+            start += len(text)
+    return ids, segments
 
 
-def draw_documents(sources, n_tokens, T, rng):
-    """Documents by weight until they make n_tokens; of a long one, a random window of T tokens. -> texts, {source: tokens}."""
+def corpus_of(path, enc, block_size, other=""):
+    """The text a checkpoint was pretrained on (or another), split and weighted as it was then."""
+    if other:
+        return read_corpus(other, enc, block_size, Config.val_fraction)
+    state = load_checkpoint(path)
+    return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
+
+
+def document_odds(sources, T):
+    """How often to draw a document of each source, so that its share of the tokens is its weight."""
+    return [weight * len(train) / sum(min(len(d), T) for d in train) for train, _, weight in sources.values()]
+
+
+def draw_documents(sources, odds, n_tokens, T, rng):
+    """Documents by odds until they make n_tokens; of a long one, a random window of T tokens. -> texts, {source: tokens}."""
     names = list(sources)
-    some = {k: sources[k][0][::max(1, len(sources[k][0]) // 1000)] for k in names}   # from all over: files may be sorted
-    odds = [sources[k][2] * len(some[k]) / sum(min(len(d), T) for d in some[k]) for k in names]
     texts, drawn = [], dict.fromkeys(names, 0)
     while sum(drawn.values()) < n_tokens:
         name = rng.choices(names, odds)[0]
@@ -680,6 +700,8 @@ def val_loss(model, sources, enc, device, limit=40_000):
 
 def main(cfg):
     require(cfg, 1, "steps", "batch_tokens", "block_size", "n_layer", "n_head", "n_embd", "eval_every")
+    require(cfg, 0, "lr", "weight_decay", most=10)
+    require(cfg, 0, "dropout", most=0.99)
     if cfg.schedule not in ("cosine", "constant"):
         raise UserError(f"--schedule {cfg.schedule}: choose cosine or constant")
     device, out = pick_device(cfg.device), run_folder(cfg.out)
@@ -704,12 +726,12 @@ def main(cfg):
     sources = read_corpus(cfg.data, enc, T, cfg.val_fraction, cfg.mixture)
     size = {name: sum(map(len, s[0])) for name, s in sources.items()}
     print(f"gpt.py: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {sum(size.values()):,} tokens, device {device}")
-    optimizer = adamw(model, cfg.lr, cfg.weight_decay)
+    optimizer, odds = adamw(model, cfg.lr, cfg.weight_decay), document_odds(sources, T)
     rng, drawn, start, log = random.Random(cfg.seed), dict.fromkeys(sources, 0), time.time(), out / "gpt.jsonl"
     model.train()
     bar = tqdm(range(cfg.steps), desc="pretrain", mininterval=1)
     for step in bar:
-        texts, tokens = draw_documents(sources, cfg.batch_tokens, T, rng)
+        texts, tokens = draw_documents(sources, odds, cfg.batch_tokens, T, rng)
         drawn = {name: drawn[name] + tokens[name] for name in drawn}
         ids, segments = pack(texts, T)                                                            # (B, T) each
         with autocast(device):
@@ -723,7 +745,8 @@ def main(cfg):
     epochs = {name: round(n / size[name], 2) for name, n in drawn.items()}
     print(f"validation loss {row['val_loss']:.3f} nats per token, {row['bits_per_byte']:.3f} bits per byte, "
           f"{sum(drawn.values()) / (time.time() - start):,.0f} tokens/s; epochs per source: {epochs}")
-    save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data, val_loss=row["val_loss"])
+    save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data, val_fraction=cfg.val_fraction,
+               mixture=cfg.mixture, val_loss=row["val_loss"])
     first = next(iter(sources.values()))[1][0][:8].tolist()
     text = enc.decode(generate(model, [first], 60, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0])
     print(f"--- a sample\n{enc.decode(first)}|{text}\n---\nsaved {out / 'gpt.pt'}; next: python sft.py --out {out}")

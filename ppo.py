@@ -17,7 +17,7 @@ GAE (gae.py) -> a few epochs of clipped steps:
     loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )                                  PPO, eq. 7
 
     python ppo.py                                    everything: stages that are missing run first; ends with the table
-    python ppo.py --beta 0 --name greedy             no KL penalty: watch the reward rise and the gold score fall
+    python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL penalty: the reward rises, the gold score falls
     python ppo.py --prompts pairs.jsonl --out out/mine    prompts of your own: any format that sft.py or reward.py reads
 
 Two minutes and a half on two CPU cores once the other stages are there; ten minutes for the whole chain.
@@ -27,7 +27,6 @@ the state before it, read at position t. The mask is 1 on answer tokens includin
 """
 import math, random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -81,7 +80,7 @@ class Config:
     max_new_tokens: int = 48
     "longest answer; what is longer counts as missing its end"
     offline: bool = False
-    "sample every answer from the frozen fine-tuned model instead of the policy: the ratio alone carries the change"
+    "sample every answer from the frozen fine-tuned model: the ratio alone carries the change; scores and KL then are of its samples"
     gold: str = "data.village:gold"
     "module:function that grades (task, answer), for reports only; used where records carry a task"
     table: bool = True
@@ -89,10 +88,11 @@ class Config:
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
-    "auto, cpu, cuda or mps"
+    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
 
 
 def masked_mean(x, mask):
+    """Mean of x over the mask, both (B, T-1); 0 where the mask is empty."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -100,8 +100,8 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """Reward per token: -beta * (log pi - log pi_ref) on each, and the score of the whole answer added on the last.
 
     scores (B,); logprobs, ref_logprobs, mask (B, T-1) -> (B, T-1), zero outside the mask. A row without any answer
-    token gets no score. The plain log-ratio (k1), not k3: its expectation under pi is the KL, and its
-    gradient the KL's; k3 in the reward pays for tokens already made rare, and entropy collapses.
+    token gets no score. The plain log-ratio (k1), not k3: both are the KL in expectation, but only k1's policy gradient is
+    the KL's. -k3 is never positive: it charges a token that has become too rare, where -k1 pays it to come back.
     """
     mask = mask.bool()
     rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)       # (B, T-1)
@@ -123,13 +123,19 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """0.5 * mean of the larger of two squared errors: of the new value, and of the new value held near the old one."""
+    """0.5 * mean of the larger of two squared errors: of the new value, and of the new value held near the old one.
+
+    All (B, T-1) -> a scalar.
+    """
     clipped = old_values + (values - old_values).clamp(-clip, clip)           # (B, T-1)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask.float())
 
 
-def adapt_beta(beta, kl, target, n, horizon=10_000):
-    """Ziegler et al.'s controller: n answers with mean KL too far above target raise beta, below lower it."""
+def adapt_beta(beta, kl, target, n, horizon=1_000):
+    """Ziegler et al.'s controller: n answers whose mean KL is above target raise beta, below lower it, by at most 20% * n / horizon.
+
+    Their horizon is 10,000 answers, for runs of a million; ours have about 8,000.
+    """
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
@@ -141,7 +147,7 @@ def answer_mask(prompt_lengths, lengths, T):
 
 def load_prompts(path, enc, block_size, max_new_tokens):
     """Prompts of any format -> [{"prompt": messages, "ids", ...}]; those that leave no room for an answer are counted, aloud."""
-    kept, long, odd = [], 0, 0
+    kept, long, odd, rng = [], 0, 0, random.Random(0)
     for where, r in sft.read_records(path):
         if "prompt" in r:
             messages = reward.as_messages(r["prompt"], where)
@@ -149,8 +155,9 @@ def load_prompts(path, enc, block_size, max_new_tokens):
             found = reward.read_comparison(r, where)
             messages = found and found[0]
         else:
-            chat = sft.as_chat(r, where, random.Random(len(kept)))
-            messages = chat and sft.prompt_of(chat)
+            chat = r["messages"] if "messages" in r else sft.as_chat(r, where, rng)
+            asked = chat and sft.check_messages(chat, where)[-1]["role"] == "user"
+            messages = chat if asked else chat and sft.prompt_of(chat)
         if not messages:   # no answer to tell the prompt from, or an answer to nothing
             odd += 1
             continue
@@ -170,7 +177,8 @@ def load_prompts(path, enc, block_size, max_new_tokens):
 
 @torch.no_grad()
 def roll_out(sampler, policy, reference, reward_model, value_model, prompts, end, cfg, seed):
-    """Sample an answer to each prompt and measure it. -> dict of tensors, all (B, T-1) but ids, scores and lengths."""
+    """Sample an answer to each prompt and measure it. -> dict: ids (B, T); mask, logprobs, ref_logprobs, old_logprobs and values
+    (B, T-1); scores, lengths and ended (B,); answers, a list of id lists."""
     device = policy.wte.weight.device
     answers = gpt.generate(sampler, prompts, cfg.max_new_tokens, stop=end, seed=seed)
     # Right padding, no masks: nothing to the right of a real token can reach it.
@@ -180,13 +188,13 @@ def roll_out(sampler, policy, reference, reward_model, value_model, prompts, end
     mask = answer_mask(starts, lengths, ids.shape[1])
     logprobs, ref_logprobs = gpt.token_logprobs(policy, ids), gpt.token_logprobs(reference, ids)
     ended = torch.tensor([a[-1] == end for a in answers], device=device)
-    # Temperature 1 and the same forward pass as in the loss: so the ratio of the first step is exactly 1.
+    # Temperature 1 and the same forward pass as in the loss: so the ratio of the first step is 1.
     return dict(ids=ids, mask=mask, lengths=lengths, answers=answers, ended=ended, logprobs=logprobs, ref_logprobs=ref_logprobs,
                 old_logprobs=ref_logprobs if sampler is reference else logprobs, values=value_model(ids)[:, :-1],
                 scores=torch.where(ended, reward_model.score(ids, lengths), cfg.missing_end))
 
 
-def take_minibatch(policy, value_model, b, advantages, returns, rows, cfg):
+def minibatch_losses(policy, value_model, b, advantages, returns, rows, cfg):
     """The two losses of a minibatch, and what the log wants to know of it. rows: indices into the rollout b."""
     T = int(b["lengths"][rows].max())
     ids = b["ids"][rows, :T]                                                                      # (b, T)
@@ -199,70 +207,6 @@ def take_minibatch(policy, value_model, b, advantages, returns, rows, cfg):
         pg=pg_loss.item(), vf=vf_loss.item(), clipfrac=clipfrac.item(), ratio=masked_mean(log_ratio.exp(), mask).item(),
         approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),
         vclip=masked_mean(((values - old_values).abs() > cfg.value_clip).float(), mask).item())
-
-
-def main(cfg):
-    gpt.require(cfg, 1, "updates", "epochs", "minibatches", "max_new_tokens")
-    gpt.require(cfg, 2, "rollout")
-    device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
-    if not (out / "reward.pt").exists():
-        print(f"{out / 'reward.pt'} is missing: training it first")
-        reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
-    gpt.set_seed(cfg.seed)
-    policy, enc, base = gpt.load_model(out / "sft.pt", device)
-    reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
-    reward_model, reward_enc = reward.load_reward(out / "reward.pt", device)
-    value_model = reward.load_reward(out / "reward.pt", device)[0]
-    reward_model.requires_grad_(False)
-    if gpt.fingerprint(enc) != gpt.fingerprint(reward_enc):
-        raise UserError(f"{out}: sft.pt and reward.pt use different tokenizers; train the reward model again")
-    end, block = gpt.end_of(enc), policy.config.block_size
-    if not cfg.prompts:
-        cfg.prompts = str(sft.village_data(out, cfg.seed) / "prompts_train.jsonl")
-    prompts = load_prompts(cfg.prompts, enc, block, cfg.max_new_tokens)
-    gold = sft.gold_hook(cfg.gold) if all(p.get("task") for p in prompts) else None
-    text = gpt.read_corpus(cfg.text or gpt.load_checkpoint(out / "gpt.pt")["data"], enc, block, 0.05) if cfg.ptx else None
-    policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
-    rng, beta, log, order = random.Random(cfg.seed), cfg.beta, out / f"{cfg.name}.jsonl", []
-    print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
-    for update in (bar := tqdm(range(cfg.updates), desc="ppo", mininterval=1)):
-        if len(order) < cfg.rollout:   # a new pass over the prompts
-            order = rng.sample(range(len(prompts)), len(prompts)) * math.ceil(cfg.rollout / len(prompts))
-        chosen, order = [prompts[i] for i in order[:cfg.rollout]], order[cfg.rollout:]
-        b = roll_out(reference if cfg.offline else policy, policy, reference, reward_model, value_model,
-                     [p["ids"] for p in chosen], end, cfg, seed=rng.randrange(2**31))
-        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], beta)      # (B, T-1)
-        advantages, returns = gae.gae(rewards, b["values"], b["mask"], cfg.gamma, cfg.lam)
-        advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
-        lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
-        for rows in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(chosen)).to(device).chunk(cfg.minibatches)]:
-            loss, vf_loss, stat = take_minibatch(policy, value_model, b, advantages, returns, rows, cfg)
-            if cfg.stop_kl and stats and stat["approxkl"] > cfg.stop_kl:
-                break   # before the step: the policy has gone far enough already
-            if text:
-                packed = gpt.pack(gpt.draw_documents(text, cfg.ptx_tokens, block, rng)[0], block)
-                loss = loss + cfg.ptx * gpt.lm_loss(policy, *(t.to(device) for t in packed))
-            stat["norm"] = gpt.take_step(loss, policy_optimizer, policy, lr) if update >= cfg.warmup else 0.0
-            gpt.take_step(vf_loss, value_optimizer, value_model, lr)
-            stats.append(stat)
-        row = diagnostics(b, returns, stats, beta, lr, update)
-        if gold:
-            texts = [enc.decode([i for i in a if i != end]) for a in b["answers"]]
-            row["objective/gold"] = sum(gold(p["task"], t) for p, t in zip(chosen, texts)) / len(chosen)
-        if cfg.target_kl:
-            beta = adapt_beta(beta, row["objective/kl"], cfg.target_kl, len(chosen))
-        gpt.log_metrics(log, fresh=update == 0, **row)
-        shown = [k for k in ("objective/scores", "objective/gold", "objective/kl") if k in row]
-        bar.set_postfix({k.split("/")[1]: f"{row[k]:.2f}" for k in shown})
-    gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
-    shown = [p["prompt"] for p in prompts[:3]]
-    for chat, old, new in zip(shown, *(sft.reply(m, enc, shown, cfg.max_new_tokens, seed=cfg.seed) for m in (reference, policy))):
-        print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
-    print(f"---\nsaved {out / cfg.name}.pt; next: python eval.py --out {out}")
-    if cfg.table and gold:
-        import eval as results   # eval.py reads every checkpoint, so it stands above this file; only the closing table needs it
-        print("--- on prompts of users whom no stage has seen")
-        results.main(results.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
 
 
 def diagnostics(b, returns, stats, beta, lr, update):
@@ -281,6 +225,80 @@ def diagnostics(b, returns, stats, beta, lr, update):
         "policy/approxkl_avg": mean["approxkl"], "policy/clipfrac_avg": mean["clipfrac"], "policy/grad_norm": mean["norm"],
         "val/clipfrac_avg": mean["vclip"], "val/ratio": mean["ratio"], "val/ratio_first": stats[0]["ratio"],
         "val/explained_variance": (1 - error / spread.clamp(min=1e-8)).item()}
+
+
+def main(cfg):
+    gpt.require(cfg, 1, "updates", "epochs", "minibatches", "max_new_tokens")
+    gpt.require(cfg, 2, "rollout")
+    gpt.require(cfg, 0, "gamma", "lam", "clip", most=1)
+    gpt.require(cfg, 0, "beta", "ptx", "target_kl", "stop_kl", "value_clip", "lr", "warmup")
+    if cfg.offline and cfg.target_kl:
+        raise UserError("--offline with --target-kl: samples of the frozen model say nothing of the policy's KL; leave one out")
+    if cfg.name in ("gpt", "sft", "reward"):
+        raise UserError(f"--name {cfg.name}: that is another stage's checkpoint; choose another")
+    device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
+    if not (out / "reward.pt").exists():
+        print(f"{out / 'reward.pt'} is missing: training it first")
+        reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+    gpt.set_seed(cfg.seed)
+    policy, enc, base = gpt.load_model(out / "sft.pt", device)
+    reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
+    reward_model, reward_enc = reward.load_reward(out / "reward.pt", device)
+    value_model = reward.load_reward(out / "reward.pt", device)[0]
+    reward_model.requires_grad_(False)
+    if gpt.fingerprint(enc) != gpt.fingerprint(reward_enc):
+        raise UserError(f"{out}: sft.pt and reward.pt use different tokenizers; train the reward model again")
+    end, block = gpt.end_of(enc), policy.config.block_size
+    own, unseen = bool(cfg.prompts), cfg.prompts
+    if not cfg.prompts:
+        folder = sft.village_data(out, cfg.seed)
+        cfg.prompts, unseen = str(folder / "prompts_train.jsonl"), str(folder / "prompts_val.jsonl")
+    prompts = load_prompts(cfg.prompts, enc, block, cfg.max_new_tokens)
+    gold = sft.gold_hook(cfg.gold, prompts)
+    text = gpt.corpus_of(out / "gpt.pt", enc, block, cfg.text) if cfg.ptx else None
+    odds = gpt.document_odds(text, block) if text else None
+    policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
+    rng, beta, log, order = random.Random(cfg.seed), cfg.beta, out / f"{cfg.name}.jsonl", []
+    print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
+    for update in (bar := tqdm(range(cfg.updates), desc="ppo", mininterval=1)):
+        if len(order) < cfg.rollout:   # a new pass over the prompts
+            order = rng.sample(range(len(prompts)), len(prompts)) * math.ceil(cfg.rollout / len(prompts))
+        chosen, order = [prompts[i] for i in order[:cfg.rollout]], order[cfg.rollout:]
+        b = roll_out(reference if cfg.offline else policy, policy, reference, reward_model, value_model,
+                     [p["ids"] for p in chosen], end, cfg, seed=rng.randrange(2**31))
+        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], beta)      # (B, T-1)
+        advantages, returns = gae.gae(rewards, b["values"], b["mask"], cfg.gamma, cfg.lam)
+        advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
+        lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
+        orders = [torch.randperm(len(chosen)).to(device) for _ in range(cfg.epochs)]
+        for rows in (rows for o in orders for rows in o.chunk(cfg.minibatches)):   # flat: one break leaves all the epochs
+            # No autocast here: bf16 would blur the ratio of two nearly equal policies.
+            loss, vf_loss, stat = minibatch_losses(policy, value_model, b, advantages, returns, rows, cfg)
+            if cfg.stop_kl and stats and stat["approxkl"] > cfg.stop_kl:
+                break   # before the step: the policy has gone far enough already
+            if text and update >= cfg.warmup:
+                packed = gpt.pack(gpt.draw_documents(text, odds, cfg.ptx_tokens, block, rng)[0], block)
+                loss = loss + cfg.ptx * gpt.lm_loss(policy, *(t.to(device) for t in packed))
+            stat["norm"] = gpt.take_step(loss, policy_optimizer, policy, lr) if update >= cfg.warmup else 0.0
+            gpt.take_step(vf_loss, value_optimizer, value_model, lr)
+            stats.append(stat)
+        row = diagnostics(b, returns, stats, beta, lr, update)
+        if gold:
+            texts = [enc.decode([i for i in a if i != end]) for a in b["answers"]]
+            row["objective/gold"] = sum(gold(p["task"], t) for p, t in zip(chosen, texts)) / len(chosen)
+        if cfg.target_kl:
+            beta = adapt_beta(beta, row["objective/kl"], cfg.target_kl, len(chosen))
+        gpt.log_metrics(log, fresh=update == 0, **row)
+        bar.set_postfix({k: f"{row['objective/' + k]:.2f}" for k in ("scores", "gold", "kl") if "objective/" + k in row})
+    gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
+    shown = [p["prompt"] for p in load_prompts(unseen, enc, block, cfg.max_new_tokens)[:4]]
+    for chat, old, new in zip(shown, *(sft.reply(m, enc, shown, cfg.max_new_tokens, seed=cfg.seed) for m in (reference, policy))):
+        print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
+    print(f"---\nsaved {out / cfg.name}.pt" + (f"; next: python eval.py --out {out}" if gold and not own and not cfg.table else ""))
+    if cfg.table and gold and not own:
+        import eval as results   # eval.py reads every checkpoint, so it stands above this file; only the closing table needs it
+        print("--- on prompts of users whom no stage has seen")
+        results.main(results.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
 
 
 if __name__ == "__main__":

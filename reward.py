@@ -3,7 +3,7 @@
 Idea. Nobody can write down "helpful", but anybody can say which of K answers is better. Take the fine-tuned model, replace
 its unembedding (C -> V) by one linear layer to a number (C -> 1), and train that number to be larger for the better answer:
 
-    loss = -1/C(K,2) * sum over pairs (w better than l) of log sigmoid( r(x, w) - r(x, l) )          InstructGPT, eq. 1
+    loss = -1/P * sum over the P pairs (w better than l) of log sigmoid( r(x, w) - r(x, l) )        InstructGPT, eq. 1
 
 The number is read at the end token, where the whole answer has been seen. The K answers of a prompt stay in one batch:
 K forward passes serve K(K-1)/2 pairs, and no answer is trained on K-1 times (InstructGPT, footnote 5: that overfits).
@@ -20,7 +20,6 @@ Half a minute on two CPU cores. Needs OUT/sft.pt and trains it first when it is 
 import random, re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -48,7 +47,7 @@ class Config:
     lr: float = 5e-4
     "peak learning rate, cosine to a tenth"
     batch_prompts: int = 16
-    "prompts per step, each with all its answers"
+    "prompts per step on average, each with all its answers"
     normalise_on: int = 256
     "prompts whose sampled answers define mean 0 and deviation 1"
     max_new_tokens: int = 64
@@ -58,7 +57,7 @@ class Config:
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
-    "auto, cpu, cuda or mps"
+    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
 
 
 class RewardModel(nn.Module):
@@ -309,6 +308,7 @@ def report(name, examples, scores, extra=()):
 
 def main(cfg):
     gpt.require(cfg, 1, "epochs", "batch_prompts", "max_new_tokens")
+    gpt.require(cfg, 0, "lr", most=10)
     if cfg.loss not in ("ranking", "token-margin", "regression"):
         raise UserError(f"--loss {cfg.loss}: choose ranking, token-margin or regression")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
@@ -319,7 +319,8 @@ def main(cfg):
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     if not cfg.data:
         from data import labelers
-        cfg.data, cfg.val = labelers.ensure(out, cfg.seed, cfg.device)
+        cfg.data, val_file = labelers.ensure(out, cfg.seed, cfg.device)
+        cfg.val = cfg.val or val_file
     train = load_comparisons(cfg.data)
     train, val = (train, load_comparisons(cfg.val)) if cfg.val else sft.split_by_user(train, seed=cfg.seed)
     block = policy.config.block_size
@@ -353,19 +354,19 @@ def main(cfg):
         bar.set_postfix(loss=f"{loss.item():.3f}")
         step += 1
     normalise(model, policy, enc, [e[2] for e in train], cfg)
-    gold, words = sft.gold_hook(cfg.gold), word_scores(train)
+    gpt.save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], tokenizer=base["tokenizer"],
+                        fingerprint=base["fingerprint"], seed=cfg.seed, loss=cfg.loss)
+    gold, words = sft.gold_hook(cfg.gold, [e[2] for e in train + val]), word_scores(train)
     for name, examples in (("training users", train[:400]), ("held-out users", val)):
         scores = score_all(model, examples, device)
         extra = [("word_counts", [[sum(words.get(t, 0) for t in a[e[1]:].tolist()) for a in e[0]] for e in examples])]
-        if gold and all(e[2].get("task") for e in examples):
+        if gold:
             extra.append(("gold_program", [[gold(e[2]["task"], a) for a in e[2]["responses"]] for e in examples]))
         row = report(name, examples, scores, extra)
-        if extra[1:]:
-            row["accuracy_against_gold"] = pair_accuracy(scores, [[-g for g in row] for row in extra[1][1]])[0]
+        if gold:
+            row["accuracy_against_gold"] = pair_accuracy(scores, [[-g for g in golds] for golds in extra[1][1]])[0]
         gpt.log_metrics(log, **row)
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    gpt.save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], tokenizer=base["tokenizer"],
-                        fingerprint=base["fingerprint"], seed=cfg.seed, loss=cfg.loss)
     e, s = max(zip(val, score_all(model, val, device)), key=lambda x: max(x[1]) - min(x[1]))
     print(f"--- {e[2]['prompt'][-1]['content']!r}")
     for score, rank, answer in sorted(zip(s, e[2]["ranks"], e[2]["responses"]), reverse=True):

@@ -10,9 +10,10 @@ The prompt is read, never imitated. A chat becomes one line of tokens; special t
     <|user|> What does the cow say? <|end|> <|assistant|> The cow says moo. <|end|>
       0      0   0   0   0   0    0    0          0         1   1   1   1 1    1      <- the loss mask
 
-    python sft.py                                          the village's 4,000 demonstrations
+    python sft.py                                          the village's 6,000 demonstrations
     python sft.py --data alpaca.json --out out/mine        {"messages": [...]} or {"instruction", "input", "output"}
-    python sft.py --epochs 16 --select reward              keep the epoch the reward model likes best (InstructGPT did)
+    python sft.py --epochs 16 --select reward              after reward.py: keep the epoch that it likes best (InstructGPT
+                                                           did); overwrites OUT/sft.pt, so run what follows it again
 
 Half a minute on two CPU cores. Needs OUT/gpt.pt and trains it first when it is missing. Read next: reward.py.
 """
@@ -38,11 +39,11 @@ class Config:
     out: str = "out"
     "folder of this run"
     epochs: int = 4
-    "passes over the data; validation loss is best after 1 to 3, InstructGPT made 16 and chose by reward"
+    "passes over the data; InstructGPT made 16, overfitted after one by loss, and chose by reward"
     select: str = "val"
     "which epoch to keep: val (lowest validation loss), reward (highest score of OUT/reward.pt) or last"
     lr: float = 1e-3
-    "peak learning rate, cosine to a tenth; about a third of pretraining's"
+    "peak learning rate, cosine to a tenth; about half of pretraining's"
     batch_tokens: int = 2048
     "tokens per step, padding included"
     dropout: float = 0.0
@@ -54,7 +55,7 @@ class Config:
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
-    "auto, cpu, cuda or mps"
+    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
 
 
 # One intent, many wordings: a template drawn at random keeps the model from learning the wording (T0; Self-Instruct).
@@ -193,7 +194,7 @@ def tokenize(chats, enc, block_size):
 
 def batches(lengths, batch_tokens, rng):
     """Indices into batches of similar length, at most batch_tokens each with padding: as fast as packing, and no answer
-    can attend to another's text. Pools keep the order random; a batch of its own for each length would not."""
+    can attend to another's text. Pools keep the order random: sorting all of the data would put the same neighbours together in every epoch."""
     order = list(range(len(lengths)))
     rng.shuffle(order)
     result, pool_size = [], max(1, 32 * batch_tokens * len(lengths) // max(1, sum(lengths)))
@@ -236,9 +237,10 @@ def reply(model, enc, chats, max_new_tokens, **sampling):
     return [enc.decode([i for i in row if i != end]) for row in ids]
 
 
-def gold_hook(spec):
-    """'package.module:function' -> the function that grades (task, answer); None for an empty spec. Only for reports."""
-    if not spec:
+def gold_hook(spec, records):
+    """'package.module:function' -> the function that grades (task, answer), for reports only; None for an empty spec, or where
+    not every record has a task with a kind (other people's records may have a "task" that means something else)."""
+    if not spec or not all(isinstance(r.get("task"), dict) and "kind" in r["task"] for r in records):
         return None
     try:
         module, name = spec.split(":")
@@ -248,8 +250,8 @@ def gold_hook(spec):
 
 
 def prompt_of(messages):
-    """The chat up to its last answer, for sampling."""
-    return messages[:max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
+    """The chat up to its last answer, for sampling; empty where nobody answers."""
+    return messages[:max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)]
 
 
 def village_data(out, seed):
@@ -257,7 +259,7 @@ def village_data(out, seed):
     return corpus.ensure(Path(out) / "data", seed)
 
 
-def judge_from(path, val, block_size, cfg):
+def judge_from(path, val, block_size, device, cfg):
     """For --select reward: a function that lets a model answer the validation prompts, and returns what an earlier reward model
     (and the gold program, where records carry a task) think of the answers. For the other ways to select: no opinion."""
     if cfg.select != "reward":
@@ -265,14 +267,16 @@ def judge_from(path, val, block_size, cfg):
     if not path.exists():
         raise UserError(f"--select reward needs {path}; train it on a first sft.pt: python reward.py --out {path.parent}")
     import reward   # a later stage, and only for this choice
-    judge, enc = reward.load_reward(path)
+    judge, enc = reward.load_reward(path, device)
     chats = [c for c in val if prompt_of(c["messages"]) and len(render_prompt(prompt_of(c["messages"]), enc)) < block_size]
-    prompts, gold = [prompt_of(c["messages"]) for c in chats], gold_hook(cfg.gold)
+    prompts, gold = [prompt_of(c["messages"]) for c in chats], gold_hook(cfg.gold, chats)
+    if not prompts:
+        raise UserError(f"--select reward: no validation prompt fits the context of {block_size}")
 
     def opinion(model):
         answers = reply(model, enc, prompts, cfg.max_new_tokens, seed=cfg.seed)
         row = {"reward": sum(reward.score_answers(judge, enc, prompts, answers)) / len(prompts)}
-        if gold and all(c.get("task") for c in chats):
+        if gold:
             row["gold"] = sum(gold(c["task"], a) for c, a in zip(chats, answers)) / len(chats)
         return row
     return opinion
@@ -292,6 +296,8 @@ def evaluate(model, examples, device, batch_tokens=8192):
 
 def main(cfg):
     gpt.require(cfg, 1, "epochs", "batch_tokens", "max_new_tokens")
+    gpt.require(cfg, 0, "lr", most=10)
+    gpt.require(cfg, 0, "dropout", most=0.99)
     if cfg.select not in ("val", "reward", "last"):
         raise UserError(f"--select {cfg.select}: choose val, reward or last")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
@@ -303,7 +309,7 @@ def main(cfg):
     model, enc, base = gpt.load_model(init, device, cfg.dropout)
     if not cfg.data:
         folder = village_data(out, cfg.seed)
-        cfg.data, cfg.val = str(folder / "sft_train.jsonl"), str(folder / "sft_val.jsonl")
+        cfg.data, cfg.val = str(folder / "sft_train.jsonl"), cfg.val or str(folder / "sft_val.jsonl")
     train = load_chats(cfg.data, cfg.seed)
     train, val = (train, load_chats(cfg.val, cfg.seed)) if cfg.val else split_by_user(train, seed=cfg.seed)
     block = model.config.block_size
@@ -314,7 +320,7 @@ def main(cfg):
     rng = random.Random(cfg.seed)
     plan = [batches(lengths, cfg.batch_tokens, rng) for _ in range(cfg.epochs)]
     steps, step, best, log = sum(map(len, plan)), 0, None, out / "sft.jsonl"
-    judge, table = judge_from(out / "reward.pt", val, block, cfg), []
+    judge, table = judge_from(out / "reward.pt", val, block, device, cfg), []
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
     print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {steps} steps, device {device}")
     with tqdm(total=steps, desc="sft", mininterval=1) as bar:

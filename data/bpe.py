@@ -9,7 +9,7 @@ frequent (4 each); on a tie the smallest wins, so d-e is first. Ten merges, in t
     d+e  de+r  n+der  u+nder      i+s  m+is      o+d  o+od  s+t  st+ood
 "misunderstood" was never seen. Encoding it is replaying the merges in order, and gives three tokens: mis+under+stood.
 
-    python data/bpe.py --data book.txt                                       # -> data/tokenizer.json, 1024 tokens
+    python data/bpe.py --data book.txt                                       # -> out/tokenizer.json, 1024 tokens
     python data/bpe.py --data folder_of_txt --vocab-size 4096                # every *.txt below the folder
     python data/bpe.py --data book.txt --out out/small.json --vocab-size 300
 
@@ -43,7 +43,7 @@ BYTES = [bytes([b]) for b in range(256)]
 class Config:
     data: str = ""
     "a UTF-8 text file, or a folder: every *.txt below it is read; take the text that the model will train on"
-    out: str = "data/tokenizer.json"
+    out: str = "out/tokenizer.json"
     "where the tokenizer goes; a checkpoint trained with another tokenizer is useless, so do not overwrite one in use"
     vocab_size: int = 1024
     "tokens in all, the 256 bytes and 5 specials included; 1024 suits the tiny world, 4096 to 8192 some MB of real English"

@@ -93,7 +93,7 @@ def write(folder, seed=0, megabytes=12.0):
         while size < share * megabytes * 1e6:
             texts.append(document(rng))
             size += len(texts[-1].encode()) + 2
-        (folder / "pretrain" / f"{name}.txt").write_text("\n<|end|>\n".join(texts) + "\n")
+        (folder / "pretrain" / f"{name}.txt").write_text("\n<|end|>\n".join(texts) + "\n", encoding="utf-8", newline="\n")
     (folder / "pretrain" / "mixture.json").write_text(json.dumps({k: v[1] for k, v in SOURCES.items()}))
     users = [f"user{i:03d}" for i in range(USERS)]
     of_split = dict(train=users[:120], val=users[120:140], test=users[140:])
@@ -118,15 +118,20 @@ def write(folder, seed=0, megabytes=12.0):
                 lines.append({"messages": messages, "user": user, "task": task})
             else:
                 lines.append({"prompt": messages, "user": user, "task": task})
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines),
+                                               encoding="utf-8", newline="\n")
     (folder / "village.json").write_text(json.dumps({"seed": seed}))   # written last: its presence says all is there
     return folder
 
 
 def ensure(folder, seed=0):
-    if not (Path(folder) / "village.json").exists():
+    """The folder, written first if it is not there whole. Data of another seed stay, aloud: checkpoints may rest on them."""
+    made = Path(folder) / "village.json"
+    if not made.exists():
         print(f"no data in {folder}: writing the village there (seed {seed})")
         write(folder, seed)
+    elif json.loads(made.read_text())["seed"] != seed:
+        print(f"{folder} holds the village of another seed than {seed}, and is used as it is; a new --out makes new data")
     return Path(folder)
 
 

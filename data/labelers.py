@@ -1,7 +1,7 @@
 """Simulated labelers: sample K = 4..9 answers per prompt from the fine-tuned model, and rank them as people would.
 
 Each labeler sees the gold score through habits of their own: a noise level, a liking for long answers, and a scale of
-half points, so that answers they cannot tell apart are tied. Two labelers agree on about 73% of the pairs that neither
+half points, so that answers they cannot tell apart are tied. Two labelers agree on 70 to 73% of the pairs that neither
 ties (InstructGPT: 72.6 +- 1.5%). The reward model sees the ranks alone, never the gold score.
 
     python data/labelers.py                          OUT/sft.pt + OUT/data/rank_*.jsonl -> OUT/data/ranked_*.jsonl
@@ -18,7 +18,7 @@ LABELERS = 12
 
 
 def habits(seed):
-    """[(noise, liking per word)]: the noise level was set once so that labelers agree with each other on 73% of pairs."""
+    """[(noise, liking per word)]: the noise level was set once so that two labelers agree as InstructGPT's did."""
     rng = random.Random(seed)
     return [(rng.uniform(0.48, 0.88), rng.gauss(0.01, 0.01)) for _ in range(LABELERS)]
 
@@ -60,13 +60,18 @@ def ensure(out, seed=0, device="auto"):
     """Paths of the ranked training and validation files, made from OUT/sft.pt when they are missing."""
     folder = corpus.ensure(Path(out) / "data", seed)
     paths = [folder / "ranked_train.jsonl", folder / "ranked_val.jsonl"]
-    if not all(p.exists() for p in paths):
-        print(f"no ranked answers in {folder}: sampling them from {Path(out) / 'sft.pt'} and asking the labelers")
+    model_time = (Path(out) / "sft.pt").stat().st_mtime
+    if not all(p.exists() and p.stat().st_mtime >= model_time for p in paths):   # people rank the answers of this model
+        print(f"no ranked answers of {Path(out) / 'sft.pt'} in {folder}: sampling them and asking the labelers")
         model, enc, _ = gpt.load_model(Path(out) / "sft.pt", gpt.pick_device(device))
         for path, name in zip(paths, ("rank_train", "rank_val")):
-            records = rank(model, enc, [json.loads(line) for line in open(folder / f"{name}.jsonl")], seed)
+            prompts = [json.loads(line) for line in open(folder / f"{name}.jsonl", encoding="utf-8")]
+            records = rank(model, enc, prompts, seed)
+            tied = len(prompts) - len(records)
+            print(f"{path.name}: {len(records):,} prompts" + (f"; {tied} more, whose answers are all tied, are left out" if tied else ""))
             part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+            part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records),
+                            encoding="utf-8", newline="\n")
             os.replace(part, path)
     return [str(p) for p in paths]
 

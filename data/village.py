@@ -8,8 +8,9 @@ knows what a helpful, honest and harmless answer is:
     python data/village.py                           print ten tasks, each with two demonstrations and their grades
     python data/village.py --n 100 --seed 1          read a hundred, and see whether you would grade alike
 
-data/corpus.py writes its texts and tasks to files; training sees those alone, never this module. The demonstrations are as uneven as the web: each wish of a request is honoured in about a
-third of them, a third of the questions that nobody can answer get an honest "I do not know", and a quarter is rude.
+data/corpus.py writes its texts and tasks to files, and training learns from those alone: the scripts print gold grades, and never
+learn from one. The demonstrations are as uneven as the web: each wish of a request is honoured in about a third of them, a third of
+the questions that nobody can answer get an honest "I do not know", and a quarter is rude.
 """
 import argparse, random, re
 

@@ -1,6 +1,7 @@
 """The table must count as it says it counts."""
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import gpt
 import reward
 from data.village import new_task
 from gpt import UserError
-import random
 
 ENC = gpt.get_tokenizer()
 
@@ -25,9 +25,10 @@ def run(tmp_path_factory):
     """A folder with untrained checkpoints of all kinds: numbers mean nothing, bookkeeping must be right all the same."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
+    (folder / "text.txt").write_text("The cow says moo. " * 200)
     for stage in ("gpt", "sft", "ppo", "variant"):
         model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 96, 1, 2, 32))
-        gpt.save_model(folder / f"{stage}.pt", model, ENC, "", seed=7, data="gone")
+        gpt.save_model(folder / f"{stage}.pt", model, ENC, "", seed=7, data=str(folder / "text.txt"), val_fraction=0.5, mixture="")
     torch.save(torch.load(folder / "sft.pt"), folder / "same.pt")
     rm = reward.RewardModel(gpt.load_model(folder / "sft.pt")[0])
     gpt.save_checkpoint(folder / "reward.pt", model=rm.state_dict(), gpt=vars(rm.body.config), tokenizer="", fingerprint=gpt.fingerprint(ENC))

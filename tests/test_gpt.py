@@ -514,7 +514,7 @@ def test_a_bad_corpus_is_named(tmp_path, file, mixture):
 
 
 def shares(sources, n=150_000, T=32):
-    texts, drawn = gpt.draw_documents(sources, n, T, random.Random(0))
+    texts, drawn = gpt.draw_documents(sources, gpt.document_odds(sources, T), n, T, random.Random(0))
     total = sum(map(len, texts))
     assert n <= total < n + T and sum(drawn.values()) == total and max(map(len, texts)) <= T
     return {k: v / total for k, v in drawn.items()}, texts
@@ -537,7 +537,7 @@ def test_token_shares_do_not_trust_the_head_of_a_sorted_file():
 
 def test_a_draw_is_a_stretch_of_a_document_and_reaches_both_ends():
     sources = {"a": ([torch.arange(100, 140), torch.arange(7)], [], 1.0)}
-    texts = [t.tolist() for t in gpt.draw_documents(sources, 5000, 32, random.Random(0))[0]]
+    texts = [t.tolist() for t in gpt.draw_documents(sources, gpt.document_odds(sources, 32), 5000, 32, random.Random(0))[0]]
     starts = set()
     for t in texts:
         assert t == list(range(7)) or t == list(range(t[0], t[0] + 32))

@@ -543,7 +543,7 @@ def test_while_the_critic_warms_up_the_policy_waits(train, monkeypatch):
 def test_gold_is_the_mean_grade_of_the_answers_and_teaches_nothing(train, monkeypatch, tmp_path):
     grade = lambda task, answer: len(answer) + task
     rollouts = Recorder(monkeypatch, ppo, "roll_out")
-    monkeypatch.setattr(sft, "gold_hook", lambda spec: spec and grade)
+    monkeypatch.setattr(sft, "gold_hook", lambda spec, records: spec and grade)
     tasks = dict(prompts=str(write(tmp_path / "tasks.jsonl", *(dict(prompt=p, task=100 * (i + 1)) for i, p in enumerate(PROMPTS)))), rollout=11)
     graded, policy, _ = train(gold="some:grader", **tasks)
     for row, (_, b) in zip(graded, rollouts.calls):

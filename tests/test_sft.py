@@ -411,10 +411,11 @@ def test_reply_gives_the_text_before_the_end_token(monkeypatch):
 
 
 def test_gold_hook():
-    assert sft.gold_hook("") is None and sft.gold_hook("json:loads")("[1]") == [1]
+    assert sft.gold_hook("", []) is None and sft.gold_hook("json:loads", [{"task": {"kind": "x"}}])("[1]") == [1]
+    assert sft.gold_hook("json:loads", [{"task": {"kind": "x"}}, {"task": "summarise"}]) is None, "another's idea of a task"
     for spec in ("json", "json:gone", "gone.module:x", "a:b:c"):
         with pytest.raises(UserError, match="--gold"):
-            sft.gold_hook(spec)
+            sft.gold_hook(spec, [])
 
 
 # The command
