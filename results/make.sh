@@ -15,4 +15,13 @@ for seed in ${1:-0 1 2}; do
     cp "$run/$stage.jsonl" "results/$stage-seed$seed.jsonl"
   done
 done
+# On copies of run 1: sixteen epochs of sft chosen by reward, and the other two losses of the reward model.
+for variant in epochs16 token-margin regression; do
+  [ -d out/seed1 ] || break
+  cp -r out/seed1 "out/$variant"
+done
+[ ! -d out/epochs16 ] || { python sft.py --seed 1 --out out/epochs16 --epochs 16 --select reward; cp out/epochs16/sft.jsonl results/sft-epochs16.jsonl; }
+for loss in token-margin regression; do
+  [ ! -d "out/$loss" ] || { python reward.py --seed 1 --out "out/$loss" --loss "$loss"; cp "out/$loss/reward.jsonl" "results/reward-$loss-seed1.jsonl"; }
+done
 python results/figures.py
