@@ -20,7 +20,7 @@ GAE (gae.py) -> a few epochs of clipped steps:
     python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL penalty: the reward rises, the gold score falls
     python ppo.py --prompts pairs.jsonl --out out/mine    prompts of your own: any format that sft.py or reward.py reads
 
-Two minutes and a half on two CPU cores once the other stages are there; ten minutes for the whole chain.
+Two minutes on two CPU cores once the other stages are there; seven minutes for the whole chain.
 
 Frame. All quantities of a token are (B, T-1): index t belongs to the action that produced ids[:, t+1]. Its value is V of
 the state before it, read at position t. The mask is 1 on answer tokens including the end token, and on nothing after it.

@@ -15,7 +15,7 @@ of the fine-tuned model: only then does PPO's KL coefficient mean the same thing
                                                            {"prompt", "responses", "ranks"}
     python reward.py --loss token-margin                   other losses: token-margin, regression
 
-Half a minute on two CPU cores. Needs OUT/sft.pt and trains it first when it is missing. Read next: gae.py, ppo.py.
+A minute on two CPU cores, sampling included. Needs OUT/sft.pt and trains it first when it is missing. Read next: gae.py, ppo.py.
 """
 import random, re
 from collections import Counter

@@ -24,20 +24,25 @@ def spread(values, form="{:.2f}", scale=1):
 
 
 def table_a(runs):
-    lines = ["| | gold | win rate vs sft | made up | rude | KL | LM loss | length | gold above greedy sft |", "|---|---|---|---|---|---|---|---|---|"]
+    heads = ["", "gold", "on new words", "win rate vs sft", "made up", "rude", "KL", "LM loss", "length", "gold above greedy sft"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows))
     for stage in stages:
         rows = [r for run in runs.values() for r in run if r["stage"] == stage]
-        def get(key):
-            return [r[key] for r in rows]
-        lines.append(f"| {stage} | {spread(get('gold'))} | {spread(get('win_rate_vs_sft'), '{:.0f}%', 100)} | {spread(get('hallucination_rate'), '{:.0f}%', 100)} | "
-                     f"{spread(get('rude_rate'), '{:.1f}%', 100)} | {spread(get('kl_to_sft'), '{:.1f}')} | {spread(get('lm_loss'))} | {spread(get('length'), '{:.1f}')} | "
-                     f"{spread(get('gold_minus_greedy'), '{:+.2f}')}, 95% ±{max(get('gold_minus_greedy_ci')):.2f} |")
+        get = {key: [r[key] for r in rows] for key in rows[0]}
+        cells = [stage if len(rows) == len(runs) else f"{stage} ({len(rows)} seeds)", spread(get["gold"]), spread(get["gold_new"]),
+                 spread(get["win_rate_vs_sft"], "{:.0f}%", 100), spread(get["hallucination_rate"], "{:.0f}%", 100),
+                 spread(get["rude_rate"], "{:.1f}%", 100), spread(get["kl_to_sft"], "{:.1f}"), spread(get["lm_loss"]),
+                 spread(get["length"], "{:.0f}"), spread(get["gold_minus_greedy"], "{:+.2f}")]
+        if stage != "sft-greedy":
+            cells[-1] += f", each ±{max(get['gold_minus_greedy_ci']):.2f}"
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def table_b(runs):
-    keys = ["accuracy", "labelers_agree", "accuracy_against_gold", "gold_program", "word_counts", "length_alone", "distance_1", "distance_2", "distance_3+"]
+    keys = ["accuracy", "labelers_agree", "gold_program", "accuracy_against_gold", "word_counts", "length_alone",
+            "distance_1", "distance_2", "distance_3+"]
     lines = ["| pairs of | " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for split in ("training users", "held-out users"):
         rows = [r for run in runs.values() for r in run if r.get("split") == split]
@@ -57,7 +62,7 @@ def figures(plt):
             x = [r["update"] for r in rows]
             for ax, key in zip(axes, ("objective/scores", "objective/gold", "objective/kl")):
                 ax.plot(x, smooth([r[key] for r in rows]), color=colour, alpha=0.8, lw=1.3, label=label if n == 0 else None)
-    for ax, title in zip(axes, ("reward model's score (what PPO sees)", "gold score (what is true)", "KL to sft, nats per answer")):
+    for ax, title in zip(axes, ("reward model's score (what PPO sees)", "gold score of the same answers (what is true)", "KL to sft, nats per answer")):
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("PPO update")
         ax.grid(alpha=0.3)

@@ -866,7 +866,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, c
 
 
 def test_a_users_mistake_in_a_real_shell(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "gpt.py", "--stpes", "3"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, ROOT / "gpt.py", "--stpes", "3"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (run.returncode, run.stdout) == (2, "") and not list(tmp_path.iterdir())
     assert run.stderr == "gpt.py: unknown flag --stpes; did you mean --steps?\n"
 
@@ -927,6 +927,17 @@ def test_same_seed_same_run(tmp_path, capsys):
     assert pretrain(tmp_path, "a")[0] == a[0]                                           # a second run starts its metrics anew
     assert [r["step"] for r in a[0] if "val_loss" in r] == [3, 7, 9]
     assert "python sft.py --out" in capsys.readouterr().out
+
+
+def test_later_stages_find_the_very_text_of_pretraining(tmp_path, capsys):
+    """Split and weighted as it was: else a later stage validates on what was learned by heart."""
+    for name, n in (("a", 30), ("b", 60)):
+        write_documents(tmp_path / "texts" / f"{name}.txt", documents([3] * n, seed=n))
+    pretrain(tmp_path, "run", data=str(tmp_path / "texts"), val_fraction=0.2, mixture="b=3,a=1", steps=1)
+    checkpoint, folder = tmp_path / "run" / "gpt.pt", tmp_path / "texts"
+    plain = lambda sources: {k: ([d.tolist() for d in t], [d.tolist() for d in v], w) for k, (t, v, w) in sources.items()}
+    assert plain(gpt.corpus_of(checkpoint, ENC, 32)) == plain(gpt.read_corpus(folder, ENC, 32, 0.2, "b=3,a=1"))
+    assert plain(gpt.corpus_of(checkpoint, ENC, 32, str(folder / "a.txt"))) == plain(gpt.read_corpus(folder / "a.txt", ENC, 32, 0.05))
 
 
 def test_it_learns_and_continues_a_text(tmp_path, capsys):

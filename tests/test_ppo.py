@@ -415,6 +415,7 @@ def test_adapt_beta():
     assert beta(600.0) == beta(9.0) == pytest.approx(0.5 * 1.02)     # an error counts for at most 20%
     assert beta(0.0) == beta(-3.0) == pytest.approx(0.5 * 0.98)
     assert beta(9.0, n=50) == pytest.approx(0.5 * 1.01)
+    assert beta(0.0, n=1_000_000) == pytest.approx(0.5 * 0.8)        # however many answers: a negative beta would pay for leaving
 
 
 # A rollout
@@ -593,6 +594,12 @@ def test_offline_answers_all_come_from_the_reference(train, monkeypatch):
                                by_token([b["ref_logprobs"]], [b["mask"]]), rtol=1e-4, atol=1e-5)
 
 
+def test_offline_samples_cannot_steer_beta(train):
+    """Under the reference's samples the mean log-ratio is minus a KL: a controller would lower beta for ever."""
+    with pytest.raises(UserError, match="--offline with --target-kl"):
+        train(offline=True, target_kl=6.0)
+
+
 @pytest.mark.parametrize("stop_kl, most", [(1e-9, 1), (1e9, 12), (0.0, 12)])
 def test_stop_kl_takes_no_step_once_the_policy_has_moved(train, monkeypatch, stop_kl, most):
     """The first minibatch is never the reason: its ratio is 1. The second sees the move, and steps no further. 0: never."""
@@ -653,12 +660,13 @@ CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
     ({"prompt": "Hi"}, [{"role": "user", "content": "Hi"}]),
     ({"prompt": CHAT[:4]}, CHAT[:4]),
     ({"messages": CHAT}, CHAT[:4]),
+    ({"messages": CHAT[:4]}, CHAT[:4]),
     ({"instruction": "Name two animals.", "output": "Cow, cat."}, None),
     ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}, [{"role": "user", "content": "Hi"}]),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, [{"role": "user", "content": "Hi"}]),
     ({"chosen": CHAT, "rejected": CHAT[:4] + [{"role": "assistant", "content": "Go away."}]}, CHAT[:4]),
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, [{"role": "user", "content": "Hi"}]),
-], ids=["text", "messages", "chat", "alpaca", "ranked", "pair", "pair of chats", "transcripts"])
+], ids=["text", "messages", "chat", "chat that waits for its answer", "alpaca", "ranked", "pair", "pair of chats", "transcripts"])
 def test_load_prompts_reads_every_format(tmp_path, record, prompt):
     [found] = ppo.load_prompts(write(tmp_path / "p.jsonl", {**record, "user": "u1"}), ENC, 64, 8)
     if prompt is None:  # Alpaca's wording is drawn from templates

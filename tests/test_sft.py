@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -477,6 +478,36 @@ def test_the_epoch_that_is_kept(tmp_path, init, select, capsys):
     assert kept == pytest.approx(min(losses) if select == "val" else losses[-1], rel=1e-4)
 
 
+def test_the_epoch_that_a_reward_model_likes_best(tmp_path, init, monkeypatch, capsys):
+    """A stand-in for reward.py that likes the second epoch."""
+    scores, asked = iter([1.0, 5.0, 2.0]), []
+
+    def score_answers(judge, enc, prompts, answers):
+        asked.append((prompts, len(answers)))
+        return [next(scores)] * len(answers)
+
+    monkeypatch.setitem(sys.modules, "reward", SimpleNamespace(load_reward=lambda path, device="cpu": (None, ENC), score_answers=score_answers))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "reward.pt").touch()
+    val = lines_of(tmp_path / "val.jsonl", {"messages": chat("What does the cow say?", "moo.")}, {"messages": chat("Why?", "So.", "Oh?", "Yes.")},
+                   {"messages": chat("", "No.")[1:]})                                  # the last has no prompt to answer
+    rows, _ = train(tmp_path, init, "a", select="reward", lr=5e-3, val=str(val), dropout=0.0)
+    assert asked == [([chat("What does the cow say?"), chat("Why?", "So.", "Oh?")], 2)] * 3
+    epochs = [r for r in rows if "val_loss" in r]
+    assert [r["reward"] for r in epochs] == [1.0, 5.0, 2.0]
+    model, enc, _ = gpt.load_model(tmp_path / "a" / "sft.pt")
+    assert sft.evaluate(model, sft.tokenize(sft.load_chats(val), enc, 48), torch.device("cpu")) == pytest.approx(epochs[1]["val_loss"], rel=1e-4)
+
+
+def test_a_val_file_of_ones_own_beside_the_villages_data(tmp_path, init, monkeypatch, capsys):
+    sounds(tmp_path / "sft_train.jsonl")
+    lines_of(tmp_path / "sft_val.jsonl", {"messages": chat("theirs?", "yes")})
+    monkeypatch.setattr(sft, "village_data", lambda out, seed: tmp_path)
+    for val, question in ((str(lines_of(tmp_path / "mine.jsonl", {"messages": chat("mine?", "yes")})), "mine?"), ("", "theirs?")):
+        train(tmp_path, init, "a", data="", val=val, epochs=1)
+        assert question in capsys.readouterr().out
+
+
 def test_half_an_emoji_does_not_end_the_run(tmp_path, init, capsys):
     """A text that was cut inside an escaped emoji is valid JSON, but no valid Unicode, and cannot be printed as it is."""
     data = lines_of(tmp_path / "half.jsonl", *[{"messages": chat("cut \ud83d", "off \ud83d")}] * 4)
@@ -525,6 +556,6 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, init, monkeypa
 def test_a_users_mistake_in_a_real_shell(tmp_path, init):
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"\nnot json\n")
     run = subprocess.run([sys.executable, ROOT / "sft.py", "--data", "bad.jsonl", "--init", "tiny.pt"], cwd=tmp_path, capture_output=True,
-                         text=True, timeout=60)
+                         text=True, timeout=600)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and run.stderr.startswith("sft.py: bad.jsonl:2: ")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["bad.jsonl", "tiny.pt"]
