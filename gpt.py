@@ -710,9 +710,6 @@ def main(cfg):
         model, enc, _ = load_model(out / "gpt.pt", device)
         ids = generate(model, [enc.encode_ordinary(cfg.sample)], 100, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0]
         return print(cfg.sample + enc.decode(ids))
-    if not cfg.data:
-        from data import corpus
-        cfg.data = str(corpus.ensure(out / "data", cfg.seed) / "pretrain")
     enc = get_tokenizer(cfg.tokenizer)
     if cfg.init_from:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout).to(device)
@@ -722,6 +719,9 @@ def main(cfg):
         model.add_tokens(enc.n_vocab)
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)).to(device)
+    if not cfg.data:
+        from data import corpus
+        cfg.data = str(corpus.ensure(out / "data", cfg.seed) / "pretrain")
     T = model.config.block_size
     sources = read_corpus(cfg.data, enc, T, cfg.val_fraction, cfg.mixture)
     size = {name: sum(map(len, s[0])) for name, s in sources.items()}

@@ -134,9 +134,10 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 def adapt_beta(beta, kl, target, n, horizon=1_000):
     """Ziegler et al.'s controller: n answers whose mean KL is above target raise beta, below lower it, by at most 20% * n / horizon.
 
-    Their horizon is 10,000 answers, for runs of a million; ours have about 8,000.
+    Their horizon is 10,000 answers, for runs of a million; ours have about 8,000. More answers than the horizon count as many as
+    it: beta must not turn negative.
     """
-    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * min(1.0, n / horizon))
 
 
 def answer_mask(prompt_lengths, lengths, T):

@@ -122,7 +122,8 @@ class Story(Wishes):
 
 class Letter(Wishes):
     MAIN = ("person",)
-    ASK = ["Write a letter to {person}.", "Please write to {person}.", "Help me with a letter to {person}.", "Send {person} a few lines."]
+    ASK = ["Write a letter to {person}.", "Please write to {person}.", "Help me with a letter to {person}.",
+           "Send {person} a few lines."]
     ASK_WISH = dict(food="Say thanks for the {food}.", mood="Say that I am {mood}.", place="Ask for a visit at the {place}.",
                     job="Sign as the {job}.")
     PARTS = dict(food=["Dear {person}, thank you for the {food}.", "Dear {person}, how are you?"],
@@ -132,7 +133,8 @@ class Letter(Wishes):
 
 class Advert(Wishes):
     MAIN = ("food",)
-    ASK = ["Write an advert for {food}.", "I need an advert for my {food}.", "Help me to sell {food}.", "Praise {food} to buyers."]
+    ASK = ["Write an advert for {food}.", "I need an advert for my {food}.", "Help me to sell {food}.",
+           "Praise {food} to buyers."]
     ASK_WISH = dict(price="Say what it costs.", place="Buyers come to the {place}.", mood="Say that it makes you {mood}.")
     PARTS = dict(first=["Fresh {food} for everybody!"], mood=["It makes you {mood}."],
                  price=["It costs {price} coins.", "It is cheap."], place=["Come to the {place} today.", "Come today."])
@@ -144,10 +146,14 @@ class Advert(Wishes):
 
 class Brainstorm:
     use = "brainstorm"
-    ASK = dict(animal=["Name {number} animals.", "I need {number} animals for a game.", "Which {number} animals come to mind?", "Any {number} animals?"],
-               thing=["Give me {number} ideas for a gift.", "Name {number} things to give away.", "What are {number} nice gifts?", "Any {number} gifts?"],
-               food=["Name {number} things to eat.", "List {number} kinds of food.", "I am hungry, give me {number} ideas.", "Any {number} foods?"],
-               place=["Name {number} places to see.", "List {number} places for a walk.", "Where could we go? Give {number} ideas.", "Any {number} places?"])
+    ASK = dict(animal=["Name {number} animals.", "I need {number} animals for a game.",
+                       "Which {number} animals come to mind?", "Any {number} animals?"],
+               thing=["Give me {number} ideas for a gift.", "Name {number} things to give away.",
+                      "What are {number} nice gifts?", "Any {number} gifts?"],
+               food=["Name {number} things to eat.", "List {number} kinds of food.",
+                     "I am hungry, give me {number} ideas.", "Any {number} foods?"],
+               place=["Name {number} places to see.", "List {number} places for a walk.",
+                      "Where could we go? Give {number} ideas.", "Any {number} places?"])
 
     def make(self, pick, rng):
         return {"topic": rng.choice(list(self.ASK)), "number": pick("number")}
@@ -195,23 +201,30 @@ class Reply:
 class OpenQA(Reply):
     use = "open_qa"
     FORMS = dict(
-        sound=(["What does the {animal} say?", "Which sound does the {animal} make?", "How does the {animal} sound?", "The {animal} says what?"],
+        sound=(["What does the {animal} say?", "Which sound does the {animal} make?", "How does the {animal} sound?",
+                "The {animal} says what?"],
                "The {animal} says {sound}.", "{sound}.", 0.5),
-        feed=(["What does the {animal} eat?", "What is the food of the {animal}?", "What do I feed the {animal}?", "The {animal} eats what?"],
+        feed=(["What does the {animal} eat?", "What is the food of the {animal}?", "What do I feed the {animal}?",
+               "The {animal} eats what?"],
               "The {animal} eats {feed}.", "{feed}.", 0.5),
-        price=(["How much is the {food}?", "What does the {food} cost?", "Tell me the price of {food}.", "The {food} costs what?"],
+        price=(["How much is the {food}?", "What does the {food} cost?", "Tell me the price of {food}.",
+                "The {food} costs what?"],
                "The {food} costs {price} coins.", "{price}.", 0.5),
-        ware=(["What does the {job} sell?", "What can I buy from the {job}?", "What does the {job} make?", "The {job} sells what?"],
+        ware=(["What does the {job} sell?", "What can I buy from the {job}?", "What does the {job} make?",
+               "The {job} sells what?"],
               "The {job} sells {ware}.", "{ware}.", 0.5),
         work=(["Where does the {job} work?", "Where can I find the {job}?", "Where is the {job}?", "The {job} works where?"],
               "The {job} works at the {place}.", "{place}.", 0.5),
         age=(["How old is the {job}?", "What is the age of the {job}?", "Tell me how old the {job} is.", "The {job} is how old?"],
              "The {job} is {age} years old.", "{age}.", 0),
-        name=(["What is the name of the {animal}?", "How is the {animal} called?", "Who is the {animal}?", "The {animal} is called what?"],
+        name=(["What is the name of the {animal}?", "How is the {animal} called?", "Who is the {animal}?",
+               "The {animal} is called what?"],
               "The {animal} is called {person}.", "{person}.", 0),
-        cost=(["How much is the {thing}?", "What does the {thing} cost?", "Tell me the price of the {thing}.", "The {thing} costs what?"],
+        cost=(["How much is the {thing}?", "What does the {thing} cost?", "Tell me the price of the {thing}.",
+               "The {thing} costs what?"],
               "The {thing} costs {price} coins.", "{price}.", 0),
-        meal=(["What did the {job} eat today?", "What was the lunch of the {job}?", "What had the {job} for lunch?", "The {job} ate what?"],
+        meal=(["What did the {job} eat today?", "What was the lunch of the {job}?", "What had the {job} for lunch?",
+               "The {job} ate what?"],
               "The {job} ate {food}.", "{food}.", 0))
 
     def make(self, pick, rng):
@@ -263,11 +276,16 @@ class Summary(Reply):
 class Rewrite(Reply):
     use = "rewrite"
     FORMS = dict(
-        polite=(["Say it politely: Give me the {thing}!", "More polite, please: Give me the {thing}!", "How do I ask nicely? Give me the {thing}!", "Give me the {thing}! Make that polite."],
+        polite=(["Say it politely: Give me the {thing}!", "More polite, please: Give me the {thing}!",
+                 "How do I ask nicely? Give me the {thing}!", "Give me the {thing}! Make that polite."],
                 "Could you please give me the {thing}?", "Give me the {thing}.", 0.2),
-        past=(["Put it in the past: {person} walks to the {place}.", "Tell it as a thing of the past: {person} walks to the {place}.", "Now in the past tense: {person} walks to the {place}.", "{person} walks to the {place}. It was yesterday."],
+        past=(["Put it in the past: {person} walks to the {place}.",
+               "Tell it as a thing of the past: {person} walks to the {place}.",
+               "Now in the past tense: {person} walks to the {place}.",
+               "{person} walks to the {place}. It was yesterday."],
               "{person} walked to the {place}.", "{person} walks to the {place}.", 0.2),
-        plural=(["Make it two: {person} has a {thing}.", "Say it with two: {person} has a {thing}.", "Not one but two: {person} has a {thing}.", "{person} has a {thing}. No, two."],
+        plural=(["Make it two: {person} has a {thing}.", "Say it with two: {person} has a {thing}.",
+                 "Not one but two: {person} has a {thing}.", "{person} has a {thing}. No, two."],
                 "{person} has two {thing}s.", "{person} has a {thing}.", 0.2))
 
     def make(self, pick, rng):
@@ -277,9 +295,11 @@ class Rewrite(Reply):
 class Classify(Reply):
     use = "classify"
     FORMS = dict(
-        tone=(["Happy or sad? {text}", "Is this happy or sad? {text}", "Which mood is it, happy or sad? {text}", "{text} Happy or sad?"],
+        tone=(["Happy or sad? {text}", "Is this happy or sad? {text}", "Which mood is it, happy or sad? {text}",
+               "{text} Happy or sad?"],
               "This is {label}.", "{label}.", 0.5),
-        manners=(["Polite or rude? {text}", "Is this polite or rude? {text}", "How does it sound, polite or rude? {text}", "{text} Polite or rude?"],
+        manners=(["Polite or rude? {text}", "Is this polite or rude? {text}",
+                  "How does it sound, polite or rude? {text}", "{text} Polite or rude?"],
                  "This is {label}.", "{label}.", 0.5))
 
     def make(self, pick, rng):
@@ -295,9 +315,11 @@ class Classify(Reply):
 class Other(Reply):
     use = "other"
     FORMS = dict(
-        hanzi=(["How do you say {english} in Chinese?", "What is {english} in Chinese?", "Chinese for {english}, please.", "{english} in Chinese?"],
+        hanzi=(["How do you say {english} in Chinese?", "What is {english} in Chinese?",
+                "Chinese for {english}, please.", "{english} in Chinese?"],
                "In Chinese it is {hanzi}.", "{hanzi}.", 0.5),
-        english=(["What does {hanzi} mean?", "What is {hanzi} in English?", "English for {hanzi}, please.", "{hanzi} in English?"],
+        english=(["What does {hanzi} mean?", "What is {hanzi} in English?", "English for {hanzi}, please.",
+                  "{hanzi} in English?"],
                  "It means {english}.", "{english}.", 0.5),
         digit=(["What is {x} plus {y}?", "Add {x} and {y}.", "How much is {x} and {y}?", "{x} plus {y}?"],
                "The sum is {digit}.", "{digit}.", 0.5))
