@@ -682,6 +682,9 @@ def test_a_tokenizer_from_a_file(tmp_path):
     enc = gpt.get_tokenizer(tokenizer_file(tmp_path / "t.json"))
     assert gpt.fingerprint(enc) == gpt.fingerprint(ENC) and enc._special_tokens == ENC._special_tokens
     assert enc.encode_ordinary("The cow, 牛.") == ENC.encode_ordinary("The cow, 牛.")
+    ids = dict(zip(gpt.SPECIAL, [ENC._special_tokens[s] for s in gpt.SPECIAL[::-1]]))
+    other = tiktoken.Encoding("other", pat_str=ENC._pat_str, mergeable_ranks=ENC._mergeable_ranks, special_tokens=ids)
+    assert gpt.fingerprint(other) != gpt.fingerprint(ENC)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "x"', '{"name": "x", "pattern": ".", "ranks": ["?"], "special": []}',
