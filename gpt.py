@@ -161,8 +161,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # Two departures, for the sake of small models: wider token embeddings, and positions that start as sines. With them
-        # copying a word from the prompt is learned from 1M tokens instead of 3M (measured). Both are trained as usual.
+        # Two departures, for the sake of small models: wider token embeddings, and positions that start as sines. Copying words
+        # from the prompt, what a tiny model learns last, comes a little sooner (one seed, 1.2M tokens: loss 0.51 instead of
+        # 0.53, and one more kind of word is copied). Both are trained as usual.
         nn.init.normal_(self.wte.weight, std=0.06)
         angle = torch.arange(config.block_size)[:, None] * 10_000 ** -(torch.arange(0, config.n_embd, 2) / config.n_embd)
         self.wpe.weight.data[:, 0::2], self.wpe.weight.data[:, 1::2] = 0.05 * angle.sin(), 0.05 * angle.cos()[:, :config.n_embd // 2]
