@@ -868,6 +868,19 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, c
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize("trouble, code, parts", [(OSError(28, "No space left on device", "x.pt"), 2, ["x.pt", "No space left"]),
+                                                  (PermissionError("no name, no number"), 2, ["no name"]), (KeyboardInterrupt(), 130, ["stopped"])])
+def test_trouble_of_the_machine_is_no_traceback_either(monkeypatch, capsys, trouble, code, parts):
+    def main(cfg):
+        raise trouble
+
+    monkeypatch.setattr(sys, "argv", ["gpt.py"])
+    with pytest.raises(SystemExit) as e:
+        gpt.run(main, gpt.Config, "")
+    error = capsys.readouterr().err.lstrip("\n")
+    assert e.value.code == code and error.count("\n") == 1 and all(part in error for part in parts), error
+
+
 def test_a_users_mistake_in_a_real_shell(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "gpt.py", "--stpes", "3"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (run.returncode, run.stdout) == (2, "") and not list(tmp_path.iterdir())

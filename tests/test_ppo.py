@@ -542,15 +542,16 @@ def test_while_the_critic_warms_up_the_policy_waits(train, monkeypatch):
 
 
 def test_gold_is_the_mean_grade_of_the_answers_and_teaches_nothing(train, monkeypatch, tmp_path):
-    grade = lambda task, answer: len(answer) + task
+    """Each answer is graded by the task of its own prompt, here a number that names it; the log is all that changes."""
     rollouts = Recorder(monkeypatch, ppo, "roll_out")
-    monkeypatch.setattr(sft, "gold_hook", lambda spec, records: spec and grade)
-    tasks = dict(prompts=str(write(tmp_path / "tasks.jsonl", *(dict(prompt=p, task=100 * (i + 1)) for i, p in enumerate(PROMPTS)))), rollout=11)
-    graded, policy, _ = train(gold="some:grader", **tasks)
-    for row, (_, b) in zip(graded, rollouts.calls):
-        texts = [ENC.decode([i for i in answer if i != END]) for answer in b["answers"]]
-        assert row["objective/gold"] == pytest.approx(sum(map(len, texts)) / 11 + 600)
-    rows, same, _ = train(gold="", **tasks)
+    monkeypatch.setattr(sft, "gold_hook", lambda spec, records: spec and (lambda task, answer: len(answer) + task))
+    path = write(tmp_path / "tasks.jsonl", *(dict(prompt=p, task=100 * 2 ** i) for i, p in enumerate(PROMPTS)))
+    task_of = {tuple(p["ids"]): p["task"] for p in ppo.load_prompts(path, ENC, 64, 8)}
+    graded, policy, _ = train(gold="some:grader", prompts=str(path), rollout=5)
+    for row, (args, b) in zip(graded, rollouts.calls):
+        grades = [len(ENC.decode([i for i in answer if i != END])) + task_of[tuple(p)] for p, answer in zip(args[5], b["answers"])]
+        assert row["objective/gold"] == pytest.approx(sum(grades) / 5)
+    rows, same, _ = train(gold="", prompts=str(path), rollout=5)
     assert same_weights(policy, same) and rows == [{k: v for k, v in r.items() if k != "objective/gold"} for r in graded]
 
 

@@ -375,7 +375,8 @@ def test_alpaca_in_many_wordings_but_the_users_text_as_it_is(tmp_path):
         assert user["content"].count(record["instruction"]) == 1 and user["content"].count(record["input"]) == 1
         prompts.add(user["content"])
     assert 2 <= len(prompts) <= len(sft.WITH_INPUT)
-    assert sft.load_chats(path, 3) == sft.load_chats(path, 3)
+    lines_of(path, *[record] * 30)
+    assert sft.load_chats(path, 3) == sft.load_chats(path, 3) != sft.load_chats(path, 4)
 
 
 @pytest.mark.parametrize("empty", ["", " \n", None, "absent"])
@@ -450,8 +451,33 @@ def test_same_seed_same_run(tmp_path, init, capsys):
     assert a[1]["tokenizer"] == "" and a[1]["gpt"]["block_size"] == 48
     steps = [r for r in a[0] if "loss" in r]
     assert [r["step"] for r in steps] == list(range(len(steps))) and [r["epoch"] for r in a[0] if "val_loss" in r] == [1, 2, 3]
+    assert train(tmp_path, init, "a")[0] == a[0]                                        # a second run starts its metrics anew
     said = capsys.readouterr().out
     assert "before:" in said and "after:" in said and "python reward.py --out" in said
+
+
+def test_dropout_acts_in_every_epoch_of_training_and_never_in_validation(tmp_path, init, capsys):
+    """At learning rate 0 nothing else can change a loss."""
+    (with_it, _), (without, _) = (train(tmp_path, init, "a", lr=0.0, dropout=d) for d in (0.5, 0.0))
+    assert len(with_it) == len(without)
+    for a, b in zip(with_it, without):
+        assert a["val_loss"] == b["val_loss"] if "val_loss" in a else a["loss"] != b["loss"]
+
+
+def test_every_chat_once_per_epoch_in_another_order(tmp_path, init, monkeypatch, capsys):
+    seen, collate = [], sft.collate
+
+    def spy(examples, rows):
+        seen.append((len(examples), list(rows)))
+        return collate(examples, rows)
+
+    monkeypatch.setattr(sft, "collate", spy)
+    train(tmp_path, init, "a")
+    n = seen[0][0]
+    order = [i for size, rows in seen if size == n for i in rows]
+    epochs = [order[:n], order[n:2 * n], order[2 * n:]]
+    assert n > 10 and all(sorted(e) == list(range(n)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_it_learns_to_answer_and_to_stop(tmp_path, init, capsys):
