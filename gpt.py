@@ -45,6 +45,8 @@ class Config:
     "folder of this run: checkpoints, metrics and generated data; use one folder per seed"
     tokenizer: str = ""
     "a file made by data/bpe.py or a tiktoken name such as gpt2; empty: the village's 1024 tokens, fit for any text"
+    init: str = ""
+    "a checkpoint to read on from; it decides the sizes below, but --block-size may lengthen its context"
     init_from: str = ""
     "a folder with GPT-2 weights in Hugging Face's layout to start from; it decides the five sizes below"
     n_layer: int = 2
@@ -141,6 +143,12 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+def sines(T, C):
+    """Positions as in Vaswani et al. (2017), small: (T, C)."""
+    angle = torch.arange(T)[:, None] * 10_000 ** -(torch.arange(0, C, 2) / C)                     # (T, ceil(C/2))
+    return 0.05 * torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :C]
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, tied embeddings."""
 
@@ -165,8 +173,7 @@ class GPT(nn.Module):
         # from the prompt, what a tiny model learns last, comes a little sooner (one seed, 1.2M tokens: loss 0.51 instead of
         # 0.53, and one more kind of word is copied). Both are trained as usual.
         nn.init.normal_(self.wte.weight, std=0.06)
-        angle = torch.arange(config.block_size)[:, None] * 10_000 ** -(torch.arange(0, config.n_embd, 2) / config.n_embd)
-        self.wpe.weight.data[:, 0::2], self.wpe.weight.data[:, 1::2] = 0.05 * angle.sin(), 0.05 * angle.cos()[:, :config.n_embd // 2]
+        self.wpe.weight.data = sines(config.block_size, config.n_embd)
 
     def hidden(self, ids, cache=None, segments=None):
         """(B, T) token ids -> (B, T, C) states after the last LayerNorm: what every head reads.
@@ -231,6 +238,13 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, self.config.n_embd, device=old.device)
         self.wte.weight.data = torch.cat([old, old.mean(0).expand(vocab_size - len(old), -1)])
         self.config.vocab_size = vocab_size
+
+    def lengthen(self, block_size):
+        """Grow the context: the new positions start as sines, as the old ones did, and want texts of that length to learn from."""
+        old = self.wpe.weight.data
+        self.wpe = nn.Embedding(block_size, self.config.n_embd, device=old.device)
+        self.wpe.weight.data = torch.cat([old, sines(block_size, self.config.n_embd)[len(old):].to(old)])
+        self.config.block_size = block_size
 
     def save_pretrained(self, folder):
         """Write config.json and pytorch_model.bin that transformers' GPT2LMHeadModel reads."""
@@ -712,7 +726,12 @@ def main(cfg):
         ids = generate(model, [enc.encode_ordinary(cfg.sample)], 100, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0]
         return print(cfg.sample + enc.decode(ids))
     enc = get_tokenizer(cfg.tokenizer)
-    if cfg.init_from:
+    if cfg.init:
+        model, enc, base = load_model(cfg.init, device, cfg.dropout)
+        cfg.tokenizer = base["tokenizer"]
+        if cfg.block_size > model.config.block_size:
+            model.lengthen(cfg.block_size)
+    elif cfg.init_from:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout).to(device)
         if not model.config.vocab_size <= enc.n_vocab <= model.config.vocab_size + len(SPECIAL):
             raise UserError(f"--init-from {cfg.init_from} has {model.config.vocab_size} tokens, the tokenizer {enc.n_vocab}; "

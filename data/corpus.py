@@ -84,17 +84,22 @@ SIZES = dict(sft_train=6000, sft_val=300, rank_train=3000, rank_val=300, prompts
              prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256)
 
 
-def write(folder, seed=0, megabytes=12.0):
-    """All files of one seed. Every split has users of its own: one user asks similar things, so a random split would leak."""
-    folder, rng = Path(folder), random.Random(seed)
-    (folder / "pretrain").mkdir(parents=True, exist_ok=True)
-    for name, (document, share) in SOURCES.items():
+def write_texts(folder, sources, rng, megabytes):
+    """A file per source, its documents parted by <|end|>, and mixture.json. sources: name -> (function that writes a document, share)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (document, share) in sources.items():
         size, texts = 0, []
         while size < share * megabytes * 1e6:
             texts.append(document(rng))
             size += len(texts[-1].encode()) + 2
-        (folder / "pretrain" / f"{name}.txt").write_text("\n<|end|>\n".join(texts) + "\n", encoding="utf-8", newline="\n")
-    (folder / "pretrain" / "mixture.json").write_text(json.dumps({k: v[1] for k, v in SOURCES.items()}))
+        (folder / f"{name}.txt").write_text("\n<|end|>\n".join(texts) + "\n", encoding="utf-8", newline="\n")
+    (folder / "mixture.json").write_text(json.dumps({k: v[1] for k, v in sources.items()}))
+
+
+def write(folder, seed=0, megabytes=12.0):
+    """All files of one seed. Every split has users of its own: one user asks similar things, so a random split would leak."""
+    folder, rng = Path(folder), random.Random(seed)
+    write_texts(folder / "pretrain", SOURCES, rng, megabytes)
     users = [f"user{i:03d}" for i in range(USERS)]
     of_split = dict(train=users[:120], val=users[120:140], test=users[140:])
     taste = {u: {slot: rng.sample(options, max(2, len(options) // 2)) for slot, options in WORDS.items() if len(options) > 1} for u in users}

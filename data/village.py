@@ -50,9 +50,9 @@ SHARES = dict(generation=45.6, open_qa=12.4, brainstorm=11.2, chat=8.4, rewrite=
               other=3.5, closed_qa=2.6, extract=1.9)
 
 
-def match(template, text):
+def match(template, text, words=WORDS):
     """The inverse of str.format: 'The {animal} says {sound}.' and a text -> its words by slot, or None."""
-    pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{'|'.join(map(re.escape, WORDS[m[1]]))})", re.escape(template))
+    pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{'|'.join(map(re.escape, words[m[1]]))})", re.escape(template))
     found = re.fullmatch(pattern, text)
     return found and found.groupdict()
 
