@@ -156,7 +156,9 @@ def load_prompts(path, enc, block_size, max_new_tokens):
             found = reward.read_comparison(r, where)
             messages = found and found[0]
         else:
-            chat = r["messages"] if "messages" in r else sft.as_chat(r, where, rng)
+            # The answer is not used, so an empty one will do; as_chat, which is about answers, gets a stand-in.
+            empty = not str(r.get("output", "-") or "").strip()
+            chat = r["messages"] if "messages" in r else sft.as_chat({**r, "output": "-"} if empty else r, where, rng)
             asked = chat and sft.check_messages(chat, where)[-1]["role"] == "user"
             messages = chat if asked else chat and sft.prompt_of(chat)
         if not messages:   # no answer to tell the prompt from, or an answer to nothing
@@ -211,7 +213,11 @@ def minibatch_losses(policy, value_model, b, advantages, returns, rows, cfg):
 
 
 def diagnostics(b, returns, stats, beta, lr, update):
-    """One row of the log, in TRL's names. KL is the mean over answers of the sum over their tokens, in nats."""
+    """One row of the log, in TRL's names. KL is the mean over answers of the sum over their tokens, in nats.
+
+    Under --offline the answers are the reference's: then objective/kl is minus KL(ref || pi), below 0, and what is computed of
+    it (non_score_reward, rlhf_reward) has the wrong sign, too.
+    """
     mask, n = b["mask"], len(b["scores"])
     kl = ((b["logprobs"] - b["ref_logprobs"]) * mask).sum(1)                                     # (B,)
     mean = {k: sum(s[k] for s in stats) / len(stats) for k in stats[0]}
@@ -235,6 +241,12 @@ def main(cfg):
     gpt.require(cfg, 0, "beta", "ptx", "target_kl", "stop_kl", "value_clip", "lr", "warmup")
     if cfg.offline and cfg.target_kl:
         raise UserError("--offline with --target-kl: samples of the frozen model say nothing of the policy's KL; leave one out")
+    if cfg.target_kl and not cfg.beta:
+        raise UserError("--beta 0 with --target-kl: beta is adapted by factors, and 0 stays 0; start from --beta 0.1")
+    if cfg.warmup >= cfg.updates:
+        raise UserError(f"--warmup {cfg.warmup} with --updates {cfg.updates}: no update is left to train the policy")
+    if cfg.minibatches > cfg.rollout:
+        raise UserError(f"--minibatches {cfg.minibatches}: a rollout of {cfg.rollout} answers has not so many parts")
     if cfg.name in ("gpt", "sft", "reward"):
         raise UserError(f"--name {cfg.name}: that is another stage's checkpoint; choose another")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
@@ -250,8 +262,8 @@ def main(cfg):
     if gpt.fingerprint(enc) != gpt.fingerprint(reward_enc):
         raise UserError(f"{out}: sft.pt and reward.pt use different tokenizers; train the reward model again")
     end, block = gpt.end_of(enc), policy.config.block_size
-    own, unseen = bool(cfg.prompts), cfg.prompts
-    if not cfg.prompts:
+    own, unseen = bool(cfg.prompts), ""
+    if not own:
         folder = sft.village_data(out, cfg.seed)
         cfg.prompts, unseen = str(folder / "prompts_train.jsonl"), str(folder / "prompts_val.jsonl")
     prompts = load_prompts(cfg.prompts, enc, block, cfg.max_new_tokens)
@@ -272,7 +284,7 @@ def main(cfg):
         advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
         lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
         orders = [torch.randperm(len(chosen)).to(device) for _ in range(cfg.epochs)]
-        for rows in (rows for o in orders for rows in o.chunk(cfg.minibatches)):   # flat: one break leaves all the epochs
+        for rows in (rows for o in orders for rows in o.tensor_split(cfg.minibatches)):   # flat: one break leaves all the epochs
             # No autocast here: bf16 would blur the ratio of two nearly equal policies.
             loss, vf_loss, stat = minibatch_losses(policy, value_model, b, advantages, returns, rows, cfg)
             if cfg.stop_kl and stats and stat["approxkl"] > cfg.stop_kl:
@@ -287,12 +299,12 @@ def main(cfg):
         if gold:
             texts = [enc.decode([i for i in a if i != end]) for a in b["answers"]]
             row["objective/gold"] = sum(gold(p["task"], t) for p, t in zip(chosen, texts)) / len(chosen)
-        if cfg.target_kl:
+        if cfg.target_kl and update > cfg.warmup:   # before, the policy that was sampled had not learned: its KL was 0
             beta = adapt_beta(beta, row["objective/kl"], cfg.target_kl, len(chosen))
         gpt.log_metrics(log, fresh=update == 0, **row)
         bar.set_postfix({k: f"{row['objective/' + k]:.2f}" for k in ("scores", "gold", "kl") if "objective/" + k in row})
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
-    shown = [p["prompt"] for p in load_prompts(unseen, enc, block, cfg.max_new_tokens)[:4]]
+    shown = [p["prompt"] for p in (load_prompts(unseen, enc, block, cfg.max_new_tokens) if unseen else prompts)[:4]]
     for chat, old, new in zip(shown, *(sft.reply(m, enc, shown, cfg.max_new_tokens, seed=cfg.seed) for m in (reference, policy))):
         print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
     print(f"---\nsaved {out / cfg.name}.pt" + (f"; next: python eval.py --out {out}" if gold and not own and not cfg.table else ""))

@@ -143,6 +143,9 @@ def read_comparison(r, where):
     if isinstance(chosen, str) and isinstance(rejected, str) and "prompt" in r:
         return as_messages(r["prompt"], where), [chosen, rejected], [1, 2]
     chats = [parse_transcript(c, where) if isinstance(c, str) else sft.check_messages(c, where) for c in (chosen, rejected)]
+    if "prompt" in r:   # beside it, two whole chats, or only what follows it: then they start with the assistant
+        prompt = as_messages(r["prompt"], where)
+        chats = [prompt + c if c[0]["role"] == "assistant" and c[:len(prompt)] != prompt else c for c in chats]
     if chats[0][:-1] != chats[1][:-1] or not chats[0][:-1] or any(c[-1]["role"] != "assistant" for c in chats):
         return None
     return chats[0][:-1], [c[-1]["content"] for c in chats], [1, 2]
@@ -272,6 +275,8 @@ def normalise(model, policy, enc, records, cfg):
         raise UserError(f"--normalise-on {cfg.normalise_on}: {len(chats)} prompts fit the context; "
                         f"a mean and a deviation want 2 and more")
     answers = sft.reply(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
+    model.mean.zero_()
+    model.std.fill_(1)
     scores = torch.tensor(score_answers(model, enc, chats, answers))
     model.mean.fill_(scores.mean())
     model.std.fill_(scores.std(correction=0).clamp(min=1e-3))
@@ -302,7 +307,7 @@ def report(name, examples, scores, extra=()):
         other = [e[2]["ranks_other"] for e in examples]
         pairs = [(a[i] < a[j]) == (b[i] < b[j]) for a, b in zip(ranks, other) for i in range(len(a)) for j in range(i)
                  if a[i] != a[j] and b[i] != b[j]]
-        row["labelers_agree"] = sum(pairs) / max(1, len(pairs))
+        row["labelers_agree"] = sum(pairs) / len(pairs) if pairs else float("nan")
     return row
 
 

@@ -236,14 +236,14 @@ def instances(model, enc, instructions, label_first, seeds, shots, rng):
 
 def first_words(instruction):
     """A verb and its object, near enough for a village: the first word, and the next that is neither article nor pronoun."""
-    w = words(instruction)
+    w = words(instruction) or ("",)
     return w[0], next((x for x in w[1:] if x not in {"a", "an", "the", "me", "my", "it", "i", "is", "of", "to", "with", "for", "in", "from"}), "")
 
 
 def prompt_of(record, rng):
     """An instruction and its input in one of the templates."""
     template = rng.choice(WITH_INPUT if record["input"] else WITHOUT_INPUT)
-    return template.replace("{input}", record["input"]).replace("{instruction}", record["instruction"])
+    return re.sub(r"\{(\w+)\}", lambda m: record[m[1]], template)   # one pass: braces in a user's text are only text
 
 
 def encode(record, enc, rng):
@@ -367,10 +367,10 @@ def worth(cfg, base, seeds, made, device, gold, folder):
     seed_records, own = as_records(seeds), as_records(made)
     own = rng.sample(own, len(own))
     world = [{"instruction": t["instruction"], "input": t["input"], "output": gold.ideal(t, rng)} for t in (gold.new_task(rng) for _ in own)]
-    arms = {"base, not tuned": None, "seeds only": seed_records} | {
-        f"seeds + {n} of its own": seed_records + own[:n] for n in (len(own) // 4, len(own) // 2, len(own))} | {
-        "the same, outputs corrected": seed_records + corrected(own, gold, rng), "seeds + as many of the world's": seed_records + world,
-        "all of these": seed_records + world + own}
+    arms = {"base, not tuned": None, "seeds only": seed_records, "seeds + a quarter of its own": seed_records + own[:len(own) // 4],
+            "seeds + half of its own": seed_records + own[:len(own) // 2], "seeds + all of its own": seed_records + own,
+            "the same, outputs corrected": seed_records + corrected(own, gold, rng), "seeds + as many of the world's": seed_records + world,
+            "all of these": seed_records + world + own}
     rows, seeds_only = [], None
     for name, records in arms.items():
         if records:

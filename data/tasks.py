@@ -11,7 +11,7 @@ Whoever has never seen a numbered list cannot be asked to go on with one. So a m
 of tasks, worked examples, labels with inputs, and which task is a classification. They show one half of the world: a pair of a
 topic and a manner whose hash is odd is on no page and in no seed task, nor is the fourth wording of an instruction.
 """
-import argparse, json, random, sys, zlib
+import argparse, json, random, re, sys, zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -237,6 +237,24 @@ def read_input(task, text):
     return found and task | found
 
 
+def read_prompt(text):
+    """A prompt as the village's chats have it, instruction and input in one -> its task; {"kind": "nonsense"} if it is none of ours."""
+    task = read_instruction(text)
+    if task and not task["manner"] and task["op"] not in INPUT:
+        return task
+    starts = [0] + [m.end() for m in re.finditer("[.!?:] ", text)]
+    spans = [text[i:m.end()] for i in starts for m in re.finditer("[.!?]", text) if m.end() > i]   # any of them may be the text asked about
+    for op in ASK:
+        for form in KINDS[op[0]].FORMS[op[1]][0]:
+            for span in spans if "{text}" in form else ("",):
+                found = match(form.replace("{text}", "\0"), text.replace(span, "\0", 1) if span else text)
+                start = {"kind": op[0], "topic": op[1], "op": op, "known": True, "manner": None}
+                whole = found is not None and (read_input(start | found, span) if span else start | found)
+                if whole:
+                    return whole
+    return {"kind": "nonsense"}
+
+
 def helpful(task, output):
     """0 to 1, as the village grades it; 0 where the manner is not kept. task: from read_input, or from new_task."""
     if task["manner"] == "twice":
@@ -269,6 +287,15 @@ def label_of(task):
 
 def list_page(rng):
     return "Come up with a series of tasks:\n" + "\n".join(f"{i}. {new_task(rng)['instruction']}" for i in range(1, rng.randint(11, 14)))
+
+
+def question_page(rng):
+    """A list of what people ask a chat: instruction and input in one, as in the village's prompts."""
+    lines = []
+    while len(lines) < 11:
+        task, messages = village.new_task(rng)
+        lines += [f"{len(lines) + 1}. {messages[0]['content']}"] if len(messages) == 1 else []
+    return "Come up with a series of tasks:\n" + "\n".join(lines)
 
 
 def example_block(task, examples):
@@ -324,7 +351,8 @@ def kind_page(rng):
 
 
 # Each page, and its share of what is read; the rest is what the model has read before.
-PAGES = dict(list_pages=(list_page, 0.15), examples=(example, 0.35), example_pages=(example_page, 0.15), label_pages=(label_page, 0.08), kind_pages=(kind_page, 0.04))
+PAGES = dict(list_pages=(list_page, 0.14), question_pages=(question_page, 0.12), examples=(example, 0.34), example_pages=(example_page, 0.14),
+             label_pages=(label_page, 0.08), kind_pages=(kind_page, 0.04))
 
 
 def write_pages(folder, seed=0, megabytes=10.0):

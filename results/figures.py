@@ -50,6 +50,56 @@ def table_b(runs):
     return "\n".join(lines)
 
 
+def table(heads, lines):
+    return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"] + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+def table_d(runs, paper):
+    """Self-Instruct: what was made (own filter and the paper's), and what it is worth."""
+    def of(runs, row, key, form="{:.0f}%", scale=100):
+        values = [r[key] for rows in runs.values() for r in rows if r.get("row") == row and r.get(key) is not None]
+        return spread(values, form, scale)
+    facts = [("instructions kept", "audit", "tasks", "{:.0f}", 1), ("valid", "audit", "valid"), ("input fits", "audit", "fits"), ("output right", "audit", "right"),
+             ("new: in no text it read, no seed", "diversity", "new_share"), ("a pair of topic and manner that no text has", "audit", "unseen_pairs"),
+             ("mean ROUGE-L to the nearest seed", "diversity", "rouge_to_seed", "{:.2f}", 1), ("verb and noun pairs", "diversity", "verb_noun_pairs", "{:.0f}", 1),
+             ("commonest label of a topic, input first", "one label", "input_first"), ("commonest label of a topic, label first", "one label", "label_first")]
+    first = table(["", "with the likelihood filter", "the paper's filters alone"], [[name, of(runs, *key), of(paper, *key)] for name, *key in facts])
+    arms = {}
+    for rows in runs.values():
+        for r in rows:
+            if r.get("row") == "worth":
+                arms.setdefault(r["arm"], []).append(r)
+    second = table(["tuned on", "records", "gold", "seen pairs", "unseen pairs", "unseen wording", "above seeds only"], [
+        [arm, spread([r["records"] for r in rs], "{:.0f}")] + [spread([r[k] for r in rs], "{:.3f}") for k in ("gold", "seen", "unseen", "user")]
+        + [spread([r.get("above_seeds") for r in rs], "{:+.3f}") + (f", each ±{max(r['above_seeds_ci'] for r in rs):.3f}" if "above_seeds" in rs[0] and arm != "seeds only" else "")]
+        for arm, rs in arms.items()])
+    return first + "\n\n" + second
+
+
+def table_e(names):
+    """Self-rewarding: every run, every model, mean over the seeds there are."""
+    lines = []
+    for name in names:
+        runs = load(f"self_reward-{name}")
+        stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows if "stage" in r))
+        for stage in stages:
+            rs = [r for rows in runs.values() for r in rows if r.get("stage") == stage]
+
+            def cell(key, form="{:.2f}", scale=1):
+                return spread([r.get(key) for r in rs], form, scale)
+
+            def wtl(key):
+                found = [r[key] for r in rs if r.get(key)]
+                return "/".join(f"{100 * statistics.mean(x):.0f}" for x in zip(*found)) if found else "-"
+            lines.append([name, f"{stage} ({len(rs)})" if len(rs) != 3 else stage, cell("gold"), wtl("vs_m1"), wtl("vs_last"), cell("judge_accuracy"), cell("likelihood_accuracy"),
+                          cell("spearman"), cell("self_score"), cell("agree"), cell("contradict"), cell("made_up", "{:.0f}%", 100), cell("rude", "{:.1f}%", 100),
+                          cell("length", "{:.0f}"), cell("thanks", "{:.0f}%", 100)])
+    heads = ["run", "model", "gold", "win/tie/lose M1", "the last", "judge right, own answers", "log p right", "Spearman", "own score", "pairs agree", "contradict", "made up", "rude",
+             "length", "thanks"]
+    keep = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines)]
+    return table([heads[i] for i in keep], [[line[i] for i in keep] for line in lines])
+
+
 def smooth(values, n=9):
     return [statistics.mean(values[max(0, i - n // 2):i + n // 2 + 1]) for i in range(len(values))]
 
@@ -74,7 +124,9 @@ def figures(plt):
 
 def main():
     parts = [("(A) gold grades of held-out prompts, three seeds: mean (lowest to highest)", table_a(load("eval"))),
-             ("(B) the reward model", table_b(load("reward")))]
+             ("(B) the reward model", table_b(load("reward"))),
+             ("(D) Self-Instruct", table_d(load("self_instruct"), load("self_instruct-paper"))),
+             ("(E) Self-rewarding", table_e(["main", "update-sft", "pairs-gold", "pairs-random", "frozen-judge", "no-replay", "halo"]))]
     (HERE / "tables.md").write_text("\n\n".join(f"{title}\n\n{text}" for title, text in parts) + "\n")
     print((HERE / "tables.md").read_text())
     try:

@@ -7,6 +7,8 @@ goes through `main` itself.
 import json
 import math
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -537,8 +539,10 @@ def test_while_the_critic_warms_up_the_policy_waits(train, monkeypatch):
     assert not same_weights(values[0], reward.load_reward(out / "reward.pt")[0])
     start = gpt.load_model(out / "sft.pt")[0]
     assert not same_weights(policy, start)
-    rows, policy, _ = train(updates=2, warmup=2, lr=1e-2)
-    assert same_weights(policy, start) and not same_weights(rollouts.calls[-1][0][4], rollouts.calls[-1][0][3])
+    steps = Recorder(monkeypatch, gpt, "take_step")
+    train(updates=3, warmup=2)
+    stepped = [type(args[2]) for args, _ in steps.calls]  # per update: 2 epochs of 2 minibatches
+    assert stepped.count(gpt.GPT) == 4 and stepped.count(reward.RewardModel) == 12 and gpt.GPT not in stepped[:8]
 
 
 def test_gold_is_the_mean_grade_of_the_answers_and_teaches_nothing(train, monkeypatch, tmp_path):
@@ -601,6 +605,22 @@ def test_offline_samples_cannot_steer_beta(train):
         train(offline=True, target_kl=6.0)
 
 
+@pytest.mark.parametrize("bad", [dict(beta=0.0, target_kl=6.0), dict(warmup=2, updates=2), dict(warmup=5, updates=2), dict(minibatches=9)], ids=str)
+def test_settings_that_would_do_nothing_are_refused(train, bad):
+    """beta 0 times any factor is 0; a warmup to the end trains no policy; 8 answers make no 9 minibatches."""
+    with pytest.raises(UserError, match="--" + next(iter(bad))) as e:
+        train(**bad)
+    assert "\n" not in str(e.value)
+
+
+def test_minibatches_are_as_many_as_asked_and_of_like_size(train, monkeypatch):
+    """8 answers in 5 parts are 2, 2, 2, 1, 1; torch.chunk would make four of 2."""
+    batches = Recorder(monkeypatch, ppo, "minibatch_losses")
+    train(updates=1, epochs=1, minibatches=5)
+    assert [len(args[5]) for args, _ in batches.calls] == [2, 2, 2, 1, 1]
+    assert sorted(i for args, _ in batches.calls for i in args[5].tolist()) == list(range(8))
+
+
 @pytest.mark.parametrize("stop_kl, most", [(1e-9, 1), (1e9, 12), (0.0, 12)])
 def test_stop_kl_takes_no_step_once_the_policy_has_moved(train, monkeypatch, stop_kl, most):
     """The first minibatch is never the reason: its ratio is 1. The second sees the move, and steps no further. 0: never."""
@@ -611,13 +631,18 @@ def test_stop_kl_takes_no_step_once_the_policy_has_moved(train, monkeypatch, sto
 
 
 def test_target_kl_moves_beta_towards_it(train, monkeypatch):
-    """Too little KL: beta falls, and the next update pays by it. Too much: it rises. Without a target it stays."""
+    """Too little KL: beta falls, and the next update pays by it. Too much: it rises. Without a target it stays.
+
+    Up to the first update that trains the policy the answers are the untrained policy's: their KL of 0 says nothing.
+    """
     paid = Recorder(monkeypatch, ppo, "kl_rewards")
-    low = train(updates=3, lr=0.0, beta=0.5, target_kl=6.0)[0]
-    betas = [r["objective/beta"] for r in low]
-    assert betas[0] == 0.5 and betas[2] < betas[1] < 0.5
-    assert betas[1] == pytest.approx(ppo.adapt_beta(0.5, low[0]["objective/kl"], 6.0, 8))
-    assert [args[4] for args, _ in paid.calls] == betas
+    for warmup in (0, 2):
+        paid.calls.clear()
+        low = train(updates=warmup + 4, warmup=warmup, lr=1e-5, beta=0.5, target_kl=6.0)[0]
+        betas = [r["objective/beta"] for r in low]
+        assert betas[:warmup + 2] == [0.5] * (warmup + 2) and betas[-1] < betas[-2] < 0.5
+        assert betas[warmup + 2] == pytest.approx(ppo.adapt_beta(0.5, low[warmup + 1]["objective/kl"], 6.0, 8))
+        assert [args[4] for args, _ in paid.calls] == betas
     high = train(updates=3, lr=3e-2, epochs=4, beta=0.5, target_kl=1e-3)[0]
     assert high[1]["objective/kl"] > 1e-3 and high[2]["objective/beta"] > high[1]["objective/beta"]
     assert [r["objective/beta"] for r in train(updates=2, lr=1e-2, beta=0.5)[0]] == [0.5, 0.5]
@@ -663,18 +688,21 @@ CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
     ({"messages": CHAT}, CHAT[:4]),
     ({"messages": CHAT[:4]}, CHAT[:4]),
     ({"instruction": "Name two animals.", "output": "Cow, cat."}, None),
+    ({"instruction": "Name two animals.", "input": "", "output": ""}, None),
+    ({"instruction": "Name two animals.", "output": " \n"}, None),
     ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}, [{"role": "user", "content": "Hi"}]),
+    ({"prompt": CHAT[:4], "chosen": CHAT[4:], "rejected": [{"role": "assistant", "content": "Go away."}]}, CHAT[:4]),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, [{"role": "user", "content": "Hi"}]),
     ({"chosen": CHAT, "rejected": CHAT[:4] + [{"role": "assistant", "content": "Go away."}]}, CHAT[:4]),
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, [{"role": "user", "content": "Hi"}]),
-], ids=["text", "messages", "chat", "chat that waits for its answer", "alpaca", "ranked", "pair", "pair of chats", "transcripts"])
+], ids=["text", "messages", "chat", "chat that waits for its answer", "alpaca", "alpaca without an answer", "alpaca with a blank answer", "ranked", "what follows a prompt", "pair", "pair of chats", "transcripts"])
 def test_load_prompts_reads_every_format(tmp_path, record, prompt):
     [found] = ppo.load_prompts(write(tmp_path / "p.jsonl", {**record, "user": "u1"}), ENC, 64, 8)
     if prompt is None:  # Alpaca's wording is drawn from templates
         [message] = found["prompt"]
         assert message["role"] == "user" and "Name two animals." in message["content"] and "Cow" not in message["content"]
         prompt = found["prompt"]
-    assert found["prompt"] == prompt and found["user"] == "u1"
+    assert found["prompt"] == prompt and found["user"] == "u1" and found.get("output") == record.get("output")
     assert found["ids"] == sft.render_prompt(prompt, ENC) and found["ids"][-1] == ENC._special_tokens["<|assistant|>"]
 
 
@@ -702,6 +730,12 @@ def test_a_bad_line_is_named_in_one_line(tmp_path, bad):
     with pytest.raises(UserError, match=r"p\.jsonl:2: ") as e:
         ppo.load_prompts(path, ENC, 64, 8)
     assert "\n" not in str(e.value)
+
+
+def test_what_is_left_out_of_own_prompts_is_said_once(train, tmp_path, capsys):
+    train(prompts=str(write(tmp_path / "p.jsonl", *({"prompt": p} for p in PROMPTS), {"prompt": "Hi " * 60})))
+    printed = capsys.readouterr().out
+    assert printed.count("left out") == 1 and printed.count("before:") == 4
 
 
 def test_fewer_prompts_than_a_rollout_are_asked_again_and_more_are_all_asked(train, monkeypatch):
@@ -736,3 +770,11 @@ def test_a_missing_reward_model_is_trained_first_with_the_same_seed_and_device(t
     with pytest.raises(Stop):
         ppo.main(ppo.Config(out=str(tmp_path), seed=5, device="cpu"))
     assert "reward.pt is missing" in capsys.readouterr().out
+
+
+def test_plain_pytest_finds_the_modules():
+    """`pytest`, unlike `python -m pytest`, does not put the current folder on the path."""
+    code = ("import os, sys, pytest; sys.path = [p for p in sys.path if os.path.abspath(p) != os.getcwd()]; "
+            "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests/test_gae.py']))")
+    found = subprocess.run([sys.executable, "-P", "-c", code], cwd=gpt.HERE, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout

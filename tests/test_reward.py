@@ -274,6 +274,8 @@ def test_normalised_scores_of_sft_samples_have_mean_0_and_deviation_1(model):
     assert abs(before.mean()) > 1 and abs(before.std() - 1) > 0.2
     assert after.mean().item() == pytest.approx(0, abs=1e-5) and after.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert torch.equal(after.argsort(), before.argsort())
+    reward.normalise(model, policy, ENC, records, cfg)  # once more changes nothing
+    torch.testing.assert_close(score(), after, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after, (before - before.mean()) / before.std(correction=0), rtol=1e-4, atol=1e-5)
 
 
@@ -318,6 +320,12 @@ FORMATS = {
     "pair, chat": ({"prompt": CHAT, "chosen": "a", "rejected": ""}, (CHAT, ["a", ""], [1, 2])),
     "pair of chats": ({"chosen": CHAT + [said("a")], "rejected": CHAT + [said("b")]}, (CHAT, ["a", "b"], [1, 2])),
     "pair of chats beside a prompt": ({"prompt": "Hi", "chosen": HI + [said("a")], "rejected": HI + [said("b")]}, (HI, ["a", "b"], [1, 2])),
+    "what follows a prompt": ({"prompt": CHAT, "chosen": [said("a")], "rejected": [said("b")]}, (CHAT, ["a", "b"], [1, 2])),
+    "what follows a text": ({"prompt": "Hi", "chosen": [said("a")], "rejected": [said("b")]}, (HI, ["a", "b"], [1, 2])),
+    "several turns follow": ({"prompt": HI, "chosen": [said("Hello."), *HI, said("a")], "rejected": [said("Hello."), *HI, said("b")]},
+                             ([*HI, said("Hello."), *HI], ["a", "b"], [1, 2])),
+    "whole chats that the assistant opens": ({"prompt": [said("Hello."), *HI], "chosen": [said("Hello."), *HI, said("a")], "rejected": [said("Hello."), *HI, said("b")]},
+                                             ([said("Hello."), *HI], ["a", "b"], [1, 2])),
     "transcripts": ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, (HI, ["a", "b"], [1, 2])),
     "no blank lines before, no spaces": ({"chosen": "Human:Hi\n\nAssistant:a", "rejected": "\n\n\nHuman:  Hi\n\nAssistant: b\n"}, (HI, ["a", "b"], [1, 2])),
     "Human: in the middle": ({"chosen": "\n\nHuman: Say Human: or\nAssistant: now\n\nAssistant: Human: it is", "rejected": "\n\nHuman: Say Human: or\nAssistant: now\n\nAssistant: no"},
@@ -452,6 +460,9 @@ def test_report_rows():
     assert row.pop("split") == "held-out"
     assert row == pytest.approx({"prompts": 2, "pairs": 4, "accuracy": 3 / 4, "distance_1": 1 / 2, "distance_2": 1, "distance_3+": 1,
                                  "length_alone": 2 / 4, "count": 0.5 / 4, "labelers_agree": 2 / 3})
+    for e in examples:
+        e[2]["ranks_other"] = [1] * len(e[0])
+    assert math.isnan(reward.report("x", examples, scores)["labelers_agree"])  # nothing to compare is no disagreement
     assert "labelers_agree" not in reward.report("x", examples + [example([1, 2], [1, 1], 1)], scores + [[1.0, 0.0]])
 
 
