@@ -198,7 +198,7 @@ def lines(terminal):
     """What the user says, line by line, until the end of input."""
     try:
         while True:
-            yield input("> ") if terminal else next(sys.stdin).rstrip("\r\n")
+            yield input("> ") if terminal else next(sys.stdin).rstrip("\n")
     except (EOFError, StopIteration):
         return
 

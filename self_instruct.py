@@ -136,7 +136,7 @@ def read_list(text):
 
 def read_instances(text, label_first):
     """What the model wrote under a task -> [(input, output)]; a last one that was cut off has no output, or no input, and is none."""
-    text = text.split("\nTask:")[0]
+    text = re.split(r"^Task:", text, flags=re.M)[0]
     if label_first:
         parts = [part.split("\nInput:") for part in re.split(r"^Class label:", text, flags=re.M)]
         return [(p[1].strip(), p[0].strip()) for p in parts if len(p) == 2]
@@ -184,7 +184,7 @@ def grow(model, enc, seeds, cfg, rng):
     for number in range(cfg.rounds):
         machine = [min(2, len(kept))] * cfg.requests   # the very first lists show people's tasks only
         prompts = [list_prompt(rng.sample(rng.sample(kept, m) + rng.sample(seeds, 8 - m), 8)) for m in machine]
-        room = model.config.block_size - max(len(enc.encode_ordinary(p)) for p in prompts)
+        room = max(1, model.config.block_size - max(len(enc.encode_ordinary(p)) for p in prompts))
         before, tried = len(kept), 0
         for text, ended in ask(model, enc, prompts, room, temperature=cfg.temperature, top_p=cfg.top_p, seed=rng.randrange(2**31)):
             candidates = read_list(text)
@@ -230,8 +230,9 @@ def instances(model, enc, instructions, label_first, seeds, shots, rng):
         head += "\n"
     first = "Class label:" if label_first else ""
     room = min(96, model.config.block_size - 1 - max((len(enc.encode_ordinary(f"{head}Task: {x}\n{first}")) for x in instructions), default=0))
-    texts = ask(model, enc, [f"{head}Task: {x}\n{first}" for x in instructions], room, temperature=0)
-    return [read_instances(first + text, label_first) for text, _ in texts]
+    texts = ask(model, enc, [f"{head}Task: {x}\n{first}" for x in instructions], max(1, room), temperature=0)
+    # Without an end, and without a next task, the last instance was cut off.
+    return [read_instances(first + text, label_first)[:None if ended or "\nTask:" in text else -1] for text, ended in texts]
 
 
 def first_words(instruction):
@@ -302,7 +303,7 @@ def read_seeds(path):
         if not isinstance(r.get("instruction"), str) or not isinstance(given, list) or not all(
                 isinstance(i, dict) and isinstance(i.get("output"), str) and isinstance(i.get("input", ""), str) for i in given):
             raise UserError(f'{where}: expected {{"instruction": text, "instances": [{{"input", "output"}}], "is_classification": true or false}}')
-        found.append({"instruction": r["instruction"], "is_classification": bool(r.get("is_classification")),
+        found.append({"instruction": r["instruction"], "is_classification": r.get("is_classification") in (True, "true", "True"),
                       "instances": [{"input": i.get("input") or "", "output": i["output"]} for i in given]})
     if len(found) < 8:
         raise UserError(f"{path}: {len(found)} seed tasks; a list shows 8 at a time, so bring 8 and more")
@@ -338,10 +339,11 @@ def statistics(tasks, seeds, read):
 def audit(tasks, gold):
     """The paper's table of quality, over everything, first instance of each task: valid, input fits, output right, all three."""
     found = [gold.audit(t["instruction"], t["instances"][0]["input"], t["instances"][0]["output"]) for t in tasks if t["instances"]]
-    n, read = len(found), [gold.read_instruction(t["instruction"]) for t in tasks]
+    n, read = max(1, len(found)), [gold.read_instruction(t["instruction"]) for t in tasks]
     pairs = [t for t in read if t and t["manner"]]
+    kinds = sum((r["op"][1] in gold.CLASSIFICATION) == t["is_classification"] for t, r in zip(tasks, read) if r) / max(1, sum(r is not None for r in read))
     return dict(tasks=len(tasks), with_instance=n, valid=sum(t is not None for t in read) / len(tasks), fits=sum(f[1] for f in found) / n,
-                right=sum(f[2] for f in found) / n, unseen_pairs=sum(not gold.seen(t["op"], t["manner"]) for t in pairs) / len(tasks))
+                right=sum(f[2] for f in found) / n, kind_right=kinds, unseen_pairs=sum(not gold.seen(t["op"], t["manner"]) for t in pairs) / len(tasks))
 
 
 def corrected(records, gold, rng):
@@ -380,7 +382,7 @@ def worth(cfg, base, seeds, made, device, gold, folder):
         row = dict(arm=name, records=len(records or []), gold=sum(got) / len(got))
         for part in ("seen", "unseen", "user"):
             of_part = [g for g, t in zip(got, tests) if t["part"] == part]
-            row[part], row[f"{part}_whole"] = sum(of_part) / len(of_part), sum(g == 1 for g in of_part) / len(of_part)
+            row[part], row[f"{part}_whole"] = sum(of_part) / len(of_part), sum(g > 0.999 for g in of_part) / len(of_part)
         if seeds_only:
             gain = torch.tensor([a - b for a, b in zip(got, seeds_only)], dtype=torch.float64)
             row["above_seeds"], row["above_seeds_ci"] = gain.mean().item(), 1.96 * gain.std().item() / len(gain) ** 0.5

@@ -163,9 +163,9 @@ def is_ip(text):
 
 
 def is_phone(text):
-    """7 to 15 digits (E.164's limit), extension aside, that are no date and no decimal fraction."""
+    """At most 15 digits (E.164's limit), extension aside, that are no date and no decimal fraction."""
     other = r"(19|20)\d\d([-/.])\d\d?\2\d\d?\b|\d\d?([-/.])\d\d?\3(19|20)\d\d\b|\+?\d+\.\d+$"
-    return 7 <= len(re.sub(r"\D", "", re.split("[xe]", text)[0])) <= 15 and not re.match(other, text)
+    return len(re.sub(r"\D", "", re.split("[xe]", text)[0])) <= 15 and not re.match(other, text)
 
 
 # (kind, pattern, check of what it found). A group `told` is what gives a number away, and stays. ASCII edges: Chinese has no spaces.

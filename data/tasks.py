@@ -12,6 +12,7 @@ of tasks, worked examples, labels with inputs, and which task is a classificatio
 topic and a manner whose hash is odd is on no page and in no seed task, nor is the fourth wording of an instruction.
 """
 import argparse, json, random, re, sys, zlib
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -84,8 +85,14 @@ MANNERS = dict(
     sure=(["Say that you are sure.", "Be sure of it and say so.", "I want you to be sure."], "{answer} I am sure."))
 
 
+@lru_cache(maxsize=None)
+def pattern(template):
+    return village.pattern(template, WORDS | MORE_WORDS)
+
+
 def match(template, text):
-    return village.match(template, text, WORDS | MORE_WORDS)
+    found = pattern(template).fullmatch(text)
+    return found and found.groupdict()
 
 
 def wordings(op):
@@ -345,7 +352,8 @@ def kind_page(rng):
     """Which task is a classification?"""
     lines = []
     for _ in range(rng.randint(5, 8)):
-        task = new_task(rng, op=rng.choice([o for o in OPS if (o[1] in CLASSIFICATION) == (rng.random() < 0.4)]))
+        yes = rng.random() < 0.4
+        task = new_task(rng, op=rng.choice([o for o in OPS if (o[1] in CLASSIFICATION) == yes]))
         lines.append(f"Task: {task['instruction']}\nIs it classification? {'Yes' if task['op'][1] in CLASSIFICATION else 'No'}\n")
     return "\n".join(lines)
 
@@ -387,6 +395,7 @@ def ensure(folder, seed=0):
     folder, rng = Path(folder), random.Random(seed)
     if (folder / "pages" / "mixture.json").exists():
         return folder
+    folder.mkdir(parents=True, exist_ok=True)
     tests = [dict(part=part) | new_task(rng, half=half, wording=wording)
              for part, n, half, wording in (("seen", 256, "seen", None), ("unseen", 256, "unseen", None), ("user", 252, "seen", 3)) for _ in range(n)]
     for name, records in (("seed_tasks", seed_tasks(rng)), ("tasks_val", [new_task(rng) for _ in range(200)]), ("tasks_test", tests)):

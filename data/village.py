@@ -50,10 +50,14 @@ SHARES = dict(generation=45.6, open_qa=12.4, brainstorm=11.2, chat=8.4, rewrite=
               other=3.5, closed_qa=2.6, extract=1.9)
 
 
-def match(template, text, words=WORDS):
-    """The inverse of str.format: 'The {animal} says {sound}.' and a text -> its words by slot, or None."""
-    pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{'|'.join(map(re.escape, words[m[1]]))})", re.escape(template))
-    found = re.fullmatch(pattern, text)
+def pattern(template, words=WORDS):
+    """The inverse of str.format, as a compiled pattern with a group per slot."""
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{'|'.join(map(re.escape, words[m[1]]))})", re.escape(template)))
+
+
+def match(template, text):
+    """'The {animal} says {sound}.' and a text -> its words by slot, or None."""
+    found = pattern(template).fullmatch(text)
     return found and found.groupdict()
 
 

@@ -15,9 +15,9 @@ Then, on held-out documents, a word of the middle is to be found among all words
     run               the next tokens one by one, greedily: how many of the document's next four come out right in a row
 
     python lab/attention.py                three seeds of both
-    python lab/attention.py --steps 3000   longer
+    python lab/attention.py --steps 3000   three times as long
 
-About five minutes on one CPU core. Needs nothing but the village's texts, made on the first run. Read next: lab/rouge.py.
+Three minutes on one CPU core. Needs nothing but the village's texts, made on the first run. Read next: lab/rouge.py.
 """
 import random, sys
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from data import corpus
 class Config:
     out: str = "out"
     "folder of the run, whose data are read"
-    steps: int = 1500
+    steps: int = 1000
     "optimizer steps of each model"
     batch_tokens: int = 512
     "tokens per step"

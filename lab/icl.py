@@ -22,7 +22,7 @@ The village's texts are short: no page of facts has more than three lines. So th
 anything of their kind that the base model has read, and the second group of rows shows what reading longer pages mends.
 
 Scored in two ways: the likeliest of the task's labels (chance is printed), and greedy generation. The second group
-is a copy of the model that read on for a minute: pages of 2 to 9 examples of other tasks than those tested (MetaICL).
+is a copy of the model that read on for a while: pages of 2 to 9 examples of other tasks than those tested (MetaICL).
 
     python lab/icl.py                      three seeds
     python lab/icl.py --read-on 0          the base model alone
@@ -47,9 +47,9 @@ class Config:
     "folder of the run; its gpt.pt is asked"
     n: int = 64
     "queries per task, each with examples of its own"
-    read_on: int = 1000
+    read_on: int = 400
     "steps that the copy reads on, on pages of other tasks; 0 leaves it out"
-    lr: float = 1e-3
+    lr: float = 5e-4
     "learning rate of reading on"
     batch_tokens: int = 1024
     "tokens per step of reading on"

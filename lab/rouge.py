@@ -17,7 +17,7 @@ and pairs are made where words and meaning part: a right answer in other words t
     python lab/rouge.py                    OUT/data/ranked_val.jsonl and three sets of made pairs
     python lab/rouge.py --out out/seed1    another run
 
-Ten seconds on one CPU core. Needs OUT/reward.pt and trains it first when it is missing. Read next: lab/attention.py.
+Half a minute on one CPU core. Needs OUT/reward.pt and trains it first when it is missing. Read next: lab/attention.py.
 """
 import random, sys
 from dataclasses import dataclass

@@ -122,6 +122,16 @@ def test_both_models_learn_a_text_and_answer(tmp_path):
             assert right["run"] == right["next"] == 1
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_answer_depends_on_the_word_that_is_asked_for(causal):
+    model, rng = tiny(5), random.Random(6)
+    document, candidates, place = [rng.randrange(500) for _ in range(14)], sorted(rng.sample(range(500), 20)), 6
+    asked = [(document[:place] + [word] + document[place + 1:], place) for word in candidates]
+    right = attention.answers(model, causal, asked, candidates, MASK)
+    for task in set(right) - {"run"}:
+        assert right[task] == pytest.approx(1 / 20)                # the same guess each time, so it is right exactly once
+
+
 def test_attentions_verdict_follows_the_numbers():
     causal = {"gap, left side": 0.5, "gap, both sides": 0.7, "next": 0.5, "run": 0.4}
     good = {"causal": causal, "bidirectional": {"gap, both sides": 0.8, "next": 0.3, "run": 0.2}}

@@ -309,7 +309,6 @@ def test_asking_is_seeded_batched_and_tells_who_came_to_an_end(monkeypatch):
     assert si.ask(model, ENC, prompts, 12) == [("a cat", True)] * 3 + [("a cat", False)]
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="no room is asked for as 0 new tokens, and ask() reads the last of none")
 @pytest.mark.parametrize("step", ["grow", "instances"])
 def test_a_prompt_that_fills_the_context_is_one_line(step):
     model = tiny(block=64)
@@ -436,12 +435,13 @@ def test_statistics_of_what_was_made(tmp_path):
 
 
 def test_the_audit_counts_what_the_world_says():
-    row = lambda i, x="", y="": {"instruction": i, "instances": [{"input": x, "output": y}] if y else []}
+    row = lambda i, x="", y="": {"instruction": i, "is_classification": x == "zebra", "instances": [{"input": x, "output": y}] if y else []}
     op, m = next((op, m) for op in [("openqa", "price")] for m in ("well", "thanks", "sure", "twice") if not tasks.seen(op, m))
     form = {"well": "Say well before it.", "thanks": "Say thank you after it.", "sure": "I want you to be sure.", "twice": "Say it twice."}[m]
     made = [row("How much is the cake?", "", "9."), row("How much is the cake?", "", "4."), row("How much is the cake?", "zebra", "9."), row("Fly to the moon.", "", "9."),
             row(f"How much is the cake? {form}")]
     got = si.audit(made, tasks)
+    assert got.pop("kind_right") == 3 / 4   # of the four that are tasks of this world, one was called a classification
     assert got == dict(tasks=5, with_instance=4, valid=4 / 5, fits=2 / 4, right=1 / 4, unseen_pairs=1 / 5)
 
 
@@ -470,7 +470,6 @@ def test_the_loss_falls_on_the_output_and_its_end_in_every_template():
     assert len(shapes[0]) == len(set(si.WITHOUT_INPUT)) > 2 and len(shapes[1]) == len(set(si.WITH_INPUT)) > 2, "every template comes up"
 
 
-@pytest.mark.xfail(strict=True, reason="the second of two replacements finds braces that the first brought in")
 def test_braces_in_a_users_text_are_only_text():
     record = {"instruction": "Mend this template.", "input": "Dear {instruction}, {input}!", "output": "x"}
     assert all("Dear {instruction}, {input}!" in si.prompt_of(record, random.Random(i)) for i in range(9))

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import dpo  # noqa: E402
 import gpt  # noqa: E402
 import reward  # noqa: E402
+import self_instruct  # noqa: E402
 import self_reward as S  # noqa: E402
 import sft  # noqa: E402
 from data import annotators, corpus, village  # noqa: E402
@@ -336,6 +337,34 @@ def test_an_answer_that_leaves_no_room_to_judge_has_no_score(monkeypatch):
     monkeypatch.setattr(sft, "reply", reply)
     scores, parsed = S.judge(tiny_gpt(), ENC, [{"prompt": HI}], [["a", "word " * 200]], S.Config(judgements=2), 0)
     assert scores == [[9.0, None]] and parsed == 0.5
+
+
+def test_written_prompts_are_new_whole_likely_and_said_once(monkeypatch):
+    shown = [f"What does the {a} eat today, please?" for a in village.WORDS["animal"]]
+    seen = []
+
+    def ask(model, enc, lists, max_new_tokens, **sampling):
+        seen.extend(lists)
+        n = len(seen)
+        return [(f" Tell me a tale number {n + i}.\n10. Tell me the old tale.\n11. This is in the test set.\n12. Draw a picture of it.\n13. An odd one.\n14. Cut off he", False)
+                for i in range(len(lists))]
+    monkeypatch.setattr(self_instruct, "ask", ask)
+    monkeypatch.setattr(self_instruct, "least_likely", lambda model, enc, texts: [0.001 if "odd" in x else 0.5 for x in texts])
+    model = tiny_gpt(block=320)
+    found = S.write_prompts(model, ENC, shown, {"This is in the test set."}, 100, seed=3)
+    assert len(found) == len(set(found)) == 100 and "Tell me the old tale." in found
+    assert not any(word in x for x in found for word in ("test set", "picture", "odd", "Cut off"))
+    first = [x for x in seen[0].split("\n")[1:9]]
+    assert all(x.split(". ", 1)[1] in shown for x in first)                       # people's alone, to begin with
+    later = [sum(line.split(". ", 1)[1] in shown for line in x.split("\n")[1:9]) for x in seen[64:]]
+    assert later and set(later) == {6}                                              # then six of people's and two of its own
+
+
+def test_a_writer_with_nothing_new_to_say_is_an_error(monkeypatch):
+    monkeypatch.setattr(self_instruct, "ask", lambda model, enc, lists, n, **sampling: [(" Tell me the old tale.", True)] * len(lists))
+    monkeypatch.setattr(self_instruct, "least_likely", lambda model, enc, texts: [0.5] * len(texts))
+    with pytest.raises(UserError, match="wrote 1 of 5 new prompts"):
+        S.write_prompts(tiny_gpt(block=320), ENC, [f"Tell me of number {i}." for i in range(8)], set(), 5, seed=0)
 
 
 def test_likelihood_is_the_sum_of_log_probabilities_end_token_included():

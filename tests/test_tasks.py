@@ -322,7 +322,7 @@ def test_pages_show_the_seen_half_only(name):
 def test_question_pages_ask_as_the_village_does_but_in_no_held_out_wording():
     fourth = [f for kind in village.KINDS.values() for f in ([kind.ASK[3]] if isinstance(kind, village.Wishes) else
               [forms[3] for forms in kind.ASK.values()] if hasattr(kind, "ASK") else [forms[0][3] for forms in kind.FORMS.values()])]
-    held_out = re.compile("|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(f)) for f in fourth))
+    held_out = re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(f).replace(r"\{text\}", ".+")) for f in fourth))
     assert held_out.match("Any two gifts?") and held_out.match("Praise tea to buyers. Say what it costs.") and not held_out.match("Name two animals.")
     rng, kinds = random.Random(20), set()
     for _ in range(12):
@@ -383,7 +383,6 @@ def test_kind_pages_tell_which_is_which():
     assert answers["Yes"] > 10 and answers["No"] > 100
 
 
-@pytest.mark.xfail(strict=True, reason="kind_page throws its coin once for each topic of the list, not once for a task: a twelfth says yes")
 def test_two_in_five_tasks_of_a_kind_page_are_classification():
     rng = random.Random(18)
     pages = "\n".join(tasks.kind_page(rng) for _ in range(60))
@@ -436,7 +435,6 @@ def test_ensure_writes_the_same_once_and_touches_nothing_else(tmp_path, small):
     assert digests(folders[0]) == a
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="ensure does not make the folder before it writes")
 def test_ensure_makes_the_folder(tmp_path, small):
     assert (tasks.ensure(tmp_path / "new" / "data", 3) / "pages" / "mixture.json").exists()
 
@@ -462,7 +460,7 @@ def test_gpt_reads_the_pages_by_their_shares(tmp_path, small):
     rest = 1 - sum(share for _, share in tasks.PAGES.values())
     assert all(sources[name][2] == pytest.approx(rest * share) for name, (_, share) in corpus.SOURCES.items()), "the old texts keep their proportions"
     for name in set(tasks.PAGES) - {"question_pages"}:
-        check_seen(told_on("\n".join(enc.decode(d.tolist()[:-1]) for d in sources[name][0][:10])))
+        check_seen(told_on("\n".join(enc.decode(d.tolist()[:-1]) for d in sources[name][0][:-1][:10])))   # the last is cut where validation begins
 
 
 def test_the_village_writes_as_if_tasks_were_not_there(tmp_path):

@@ -456,6 +456,9 @@ def test_shops_differ_in_every_price(tmp_path):
     db = tools.open_database(tmp_path / "a" / "new.db")
     assert all(tools.run_query(db, f"SELECT price FROM shop WHERE item = '{i}'") == str(p) for i, p in new.items())
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["new.db", "old.db"]
+    for seed in range(12):
+        old, new, known = tools.two_shops(tmp_path / "b", random.Random(seed))
+        assert set(old) <= set(known) and len(set(new) - set(known)) == 8 and not any(new[i] == p for i, p in old.items() if i in new)
 
 
 def test_guess_rate_by_hand(market):
