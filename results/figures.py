@@ -83,6 +83,8 @@ def table_e(names):
         runs = load(f"self_reward-{name}")
         stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows if "stage" in r))
         for stage in stages:
+            if stage == "M1" and name not in ("main", "halo"):   # the same model as main's
+                continue
             rs = [r for rows in runs.values() for r in rows if r.get("stage") == stage]
 
             def cell(key, form="{:.2f}", scale=1):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number and figure of README: three default runs, and the variants of table (A) and figure (C). About an hour and a half on two cores; (C) is made for seed 0 alone.
+# Every number and figure of README: three default runs, and the variants of table (A) and figure (C). Three to four hours on two cores; (C) and the controls are made for seed 0 alone.
 #   bash results/make.sh            all seeds, one after the other
 #   bash results/make.sh 1          one seed
 set -euo pipefail
