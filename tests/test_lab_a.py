@@ -122,14 +122,36 @@ def test_both_models_learn_a_text_and_answer(tmp_path):
             assert right["run"] == right["next"] == 1
 
 
+def copier(seed):
+    """Blocks that add nothing: what stands at a place is what such a model says there, so that a word left in sight is found."""
+    model = tiny(seed)
+    for block in model.h:
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            layer.weight.data.zero_()
+            layer.bias.data.zero_()
+    return model
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_answer_depends_on_the_word_that_is_asked_for(causal):
-    model, rng = tiny(5), random.Random(6)
+    model, rng = copier(5), random.Random(6)
     document, candidates, place = [rng.randrange(500) for _ in range(14)], sorted(rng.sample(range(500), 20)), 6
     asked = [(document[:place] + [word] + document[place + 1:], place) for word in candidates]
     right = attention.answers(model, causal, asked, candidates, MASK)
     for task in set(right) - {"run"}:
         assert right[task] == pytest.approx(1 / 20)                # the same guess each time, so it is right exactly once
+
+
+def test_the_bidirectional_guess_of_what_comes_next_is_read_at_a_mask():
+    model, rng = copier(7), random.Random(8)
+    document, candidates, place = [rng.randrange(500) for _ in range(14)], list(range(500)), 6
+
+    def guess(ids):
+        return attention.logits_of(model, torch.tensor([ids]), False)[0, -1, :500].argmax().item()
+    at_mask, at_word = guess(document[:place] + [MASK]), guess(document[:place])
+    assert at_mask != at_word
+    document[place] = at_mask
+    assert attention.answers(model, False, [(document, place)], candidates, MASK)["next"] == 1
 
 
 def test_attentions_verdict_follows_the_numbers():
