@@ -359,7 +359,8 @@ def test_a_real_terminal(tmp_path, end):
     import pty
     path = checkpoint(tmp_path / "m.pt", reciter(says("Hi?", "moo.")))
     ours, theirs = pty.openpty()
-    run = start(["--checkpoint", path, "--temperature", 0], tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    run = start(["--checkpoint", path, "--temperature", 0], tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a job in the background inherits that it is ignored
     os.close(theirs)
     shown = b""
 
