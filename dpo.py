@@ -24,10 +24,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import gpt, reward, sft
-from gpt import UserError
+from run import Run, UserError, fair, once, share
 
 
 @dataclass
@@ -62,6 +61,10 @@ class Config:
     "longest answer when samples are drawn"
     gold: str = "data.village:gold"
     "module:function that grades (task, answer), for reports only; used where records carry a task"
+    save_every: int = 200
+    "steps between two savings of all that --resume needs, in OUT/NAME.state; 0: on Ctrl-C alone"
+    resume: bool = False
+    "go on with what was stopped or killed in OUT, this stage or one before it, bit for bit"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
@@ -183,13 +186,13 @@ def main(cfg):
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "sft.pt").exists():
         print(f"{out / 'sft.pt'} is missing: fine-tuning it first")
-        sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+        sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
     if not cfg.data:
         from data import labelers
-        cfg.data, val_file = labelers.ensure(out, cfg.seed, cfg.device)
+        cfg.data, val_file = once(lambda: labelers.ensure(out, cfg.seed, cfg.device))
         cfg.val = cfg.val or val_file
     train = reward.load_comparisons(cfg.data)
     train, val = (train, reward.load_comparisons(cfg.val)) if cfg.val else sft.split_by_user(train, seed=cfg.seed)
@@ -210,25 +213,30 @@ def main(cfg):
     print(f"dpo.py: {len(pairs):,} prompts, {sum(map(len, used)):,} answers, {sum(map(len, pairs)):,} pairs, {len(plan)} steps, "
           f"device {device}")
     look = lambda: held_out(policy, val_answers, val_pairs, val_ref, cfg) | sampled(policy, reference, enc, shown, gold, cfg)
-    optimizer, log, table = gpt.adamw(policy, cfg.lr), out / f"{cfg.name}.jsonl", [dict(step=0) | look()]
-    gpt.log_metrics(log, fresh=True, **table[0])
-    for step, rows in enumerate(bar := tqdm(plan, desc="dpo", mininterval=1)):
-        batch = [pair for i in rows for pair in pairs[i]]
+    optimizer, table = gpt.adamw(policy, cfg.lr), []
+    run = Run(cfg, cfg.name, policy=policy, optimizer=optimizer, table=table)
+    if not run.resumed:
+        table.append(dict(step=0) | look())
+        run.log(**table[0])
+    for step in run.steps(len(plan)):
+        batch = [pair for i in share(plan[step]) for pair in pairs[i]]
         index = torch.tensor(batch).T                                                             # (2, P)
         # No autocast, and no dropout: either would blur the difference of two nearly equal models.
         logprobs, old = pair_logprobs(policy, answers, batch), ref[index].to(device)              # (2, P) each
         loss, chosen, rejected = dpo_loss(*logprobs, *old, cfg.beta, cfg.label_smoothing, cfg.loss)
+        loss = fair(loss, len(batch))
         row = metrics(logprobs, old, loss, chosen, rejected)
         if cfg.nll:
-            row["nll_loss"] = -(logprobs[0] / n_tokens[index[0]].to(device)).mean()
+            row["nll_loss"] = fair(-(logprobs[0] / n_tokens[index[0]].to(device)).mean(), len(batch))
             loss, row["nll_loss"] = loss + cfg.nll * row["nll_loss"], row["nll_loss"].item()
-        norm = gpt.take_step(loss, optimizer, policy, gpt.lr_at(step, len(plan), cfg.lr))
-        gpt.log_metrics(log, step=step, **row, grad_norm=norm)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
+        norm = run.take_step(loss, optimizer, policy, gpt.lr_at(step, len(plan), cfg.lr), f"prompts {plan[step]}, counted from 0")
+        run.log(step=step, **row, grad_norm=norm)
+        run.bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(plan):
             table.append(dict(step=step + 1) | look())
-            gpt.log_metrics(log, **table[-1])
+            run.log(**table[-1])
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
+    run.finish()
     columns = [(name, key) for name, key in COLUMNS if key in table[0]]
     print("  ".join(name for name, _ in columns))
     for row in table:
@@ -240,4 +248,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    gpt.run(main, Config, __doc__, shared=True)

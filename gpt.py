@@ -21,16 +21,19 @@ Two minutes and a half on two CPU cores. Read next: sft.py.
 Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary. `logits[:, t]` predicts `ids[:, t+1]`.
 Padding stands on the right, in training and in generation: a causal model's real tokens never see it.
 """
-import argparse, ast, base64, dataclasses, difflib, hashlib, inspect, json, math, os, random, re, sys, time
+import argparse, ast, base64, dataclasses, difflib, hashlib, inspect, json, math, os, random, re, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import regex  # tiktoken depends on it; the standard `re` does not know \p{L}
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+
+# What stands around a training loop has a file of its own; later stages know it by this one's name.
+from run import Run, UserError, fair, join, load_checkpoint, log_metrics, once, run_folder, save_checkpoint, set_seed, share, take_step
 
 HERE = Path(__file__).parent
 
@@ -75,14 +78,14 @@ class Config:
     "steps between two looks at the validation loss"
     sample: str = ""
     "a text to continue with OUT/gpt.pt; nothing is trained"
+    save_every: int = 500
+    "steps between two savings of all that --resume needs, in OUT/gpt.state; 0: on Ctrl-C alone"
+    resume: bool = False
+    "go on with the run in OUT that was stopped or killed, bit for bit"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
     "auto (cuda if there is one, else cpu), cpu, cuda or mps"
-
-
-class UserError(ValueError):
-    """A mistake a user can mend. Its text says what, where, and what to type; `run` prints it as one line."""
 
 
 @dataclass
@@ -210,26 +213,30 @@ class GPT(nn.Module):
             raise UserError(f"{folder}: no config.json there; --init-from wants a folder in Hugging Face's GPT-2 layout")
         try:
             raw = json.loads(read_text(folder / "config.json"))
-            sizes = [raw[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{folder}/config.json: not a GPT-2 configuration ({type(e).__name__} {e})") from None
-        model = cls(GPTConfig(*sizes, dropout=dropout))
+            config = GPTConfig(*[raw[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")], dropout=dropout)
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f"{folder}/config.json: not a GPT-2 configuration ({type(e).__name__} {brief(e)})") from None
         if (folder / "model.safetensors").exists():
             try:
                 from safetensors.torch import load_file
             except ImportError:
                 raise UserError(f"{folder}/model.safetensors needs one more package: pip install safetensors") from None
-            weights = load_file(folder / "model.safetensors")
+            try:
+                weights = load_file(folder / "model.safetensors")
+            except Exception as e:  # safetensors has errors of its own
+                raise UserError(f"{folder}/model.safetensors: not readable ({brief(e)}); fetch it again") from None
         elif (folder / "pytorch_model.bin").exists():
             weights = load_checkpoint(folder / "pytorch_model.bin")
         else:
             raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-        weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
         try:
+            weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
+            check_sizes(config, weights)
+            model = cls(config)
             model.load_state_dict({k: weights[k].T if k.endswith(cls.TRANSPOSED) else weights[k]
                                    for k in model.state_dict()})
-        except (KeyError, RuntimeError) as e:
-            raise UserError(f"{folder}: the weights do not fit config.json ({str(e).splitlines()[-1].strip()})") from None
+        except Exception as e:  # as in load_model
+            raise UserError(f"{folder}: the weights do not fit config.json ({type(e).__name__}: {brief(e)})") from None
         return model
 
     def add_tokens(self, vocab_size):
@@ -371,6 +378,7 @@ def pad(rows, value=0):
 
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+PROBE = "".join(map(chr, range(1, 500))) + "Tom's 17 cats.\r\n\n  \u2028\u3000 你好，👩‍👩‍👧"   # characters of all kinds
 
 
 def get_tokenizer(name=None):
@@ -380,20 +388,26 @@ def get_tokenizer(name=None):
     it can then never produce a special token. Raises UserError when there is no such tokenizer.
     """
     path = Path(name) if name else HERE / "data" / "tokenizer.json"
-    if path.is_file():
+    if os.path.isfile(path):   # not path.is_file(), which raises for a name that is too long
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(raw["ranks"])}
-            if raw["special"] != SPECIAL or len(ranks) < 256:
+            if raw["special"] != SPECIAL or not {bytes([b]) for b in range(256)} <= set(ranks):
                 raise ValueError(f"it needs the 256 bytes and the special tokens {SPECIAL}")
+            if len(ranks) < len(raw["ranks"]):   # else a special token would share its id with the last of them
+                raise ValueError("a token is there twice")
+            # tiktoken drops what the pattern does not match, without a word, and dies of a pattern that matches nothing.
+            found = [m[0] for m in regex.finditer(raw["pattern"], PROBE)]
+            if "".join(found) != PROBE or regex.match(raw["pattern"], ""):
+                raise ValueError("its pattern must match every character, and never the empty text")
             special = {token: len(ranks) + i for i, token in enumerate(raw["special"])}
             return tiktoken.Encoding(raw["name"], pat_str=raw["pattern"], mergeable_ranks=ranks, special_tokens=special)
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: not a tokenizer file ({e}); make one with: python data/bpe.py --data my.txt") from None
+        except (ValueError, KeyError, TypeError, OSError, RecursionError, regex.error) as e:
+            raise UserError(f"{path}: not a tokenizer file ({brief(e)}); make one with: python data/bpe.py --data my.txt") from None
     try:
         enc = tiktoken.get_encoding(name)
     except Exception as e:  # tiktoken downloads its vocabularies: no network shows as many kinds of error
-        raise UserError(f"tokenizer {name!r}: neither a file nor a tiktoken name that can be had here "
+        raise UserError(f"tokenizer {brief(repr(name))}: neither a file nor a tiktoken name that can be had here "
                         f"({type(e).__name__}); make one with: python data/bpe.py --data my.txt --out my.json") from None
     special = {**enc._special_tokens, **{token: enc.n_vocab + i for i, token in enumerate(SPECIAL)}}
     return tiktoken.Encoding(name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks, special_tokens=special)
@@ -413,26 +427,13 @@ def fingerprint(enc):
     return h.hexdigest()[:16]
 
 
-def save_checkpoint(path, **state):
-    """Write atomically: a crash or a full disk leaves the old file as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path):
-    """Read a checkpoint: tensors and plain data only, so that no file can run code. Raises UserError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as e:  # a damaged zip, a truncated file and a pickle with code in it all raise different things
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); train it again") from None
+def check_sizes(config, weights):
+    """Raise ValueError unless weights are of these sizes. Before a model is made: a damaged size could ask for all the memory there is."""
+    V, T, C = config.vocab_size, config.block_size, config.n_embd
+    if weights["wte.weight"].shape != (V, C) or weights["wpe.weight"].shape != (T, C) or f"h.{config.n_layer - 1}.ln_1.weight" not in weights:
+        raise ValueError("other vocabulary, context, width or depth")
+    if not config.n_head > 0:
+        raise ValueError(f"{config.n_head} heads")
 
 
 def save_model(path, model, enc, tokenizer, **extra):
@@ -444,7 +445,8 @@ def save_model(path, model, enc, tokenizer, **extra):
 def load_model(path, device="cpu", dropout=0.0):
     """-> (GPT in eval mode, tokenizer, the whole checkpoint). Raises UserError for a foreign tokenizer or shape."""
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "gpt", "tokenizer", "fingerprint"} <= set(state):
+    if (not isinstance(state, dict) or not {"model", "gpt", "tokenizer", "fingerprint"} <= set(state)
+            or not isinstance(state["tokenizer"], str)):
         raise UserError(f"{path}: a file, but no checkpoint of this project")
     try:
         enc = get_tokenizer(state["tokenizer"])
@@ -454,12 +456,14 @@ def load_model(path, device="cpu", dropout=0.0):
         raise UserError(f"{path}: trained with another tokenizer than {state['tokenizer'] or 'data/tokenizer.json'} "
                         f"holds now; train it again, or bring that tokenizer back")
     try:
-        model = GPT(GPTConfig(**{**state["gpt"], "dropout": dropout}))
+        config = GPTConfig(**{**state["gpt"], "dropout": dropout})
         # A reward model keeps its body under "body.", and three small things beside it.
-        body = {k.removeprefix("body."): v for k, v in state["model"].items() if k.startswith("body.")}
-        model.load_state_dict(body or state["model"])
-    except (RuntimeError, TypeError) as e:
-        raise UserError(f"{path}: its weights do not fit its own sizes ({str(e).splitlines()[-1].strip()})") from None
+        body = {k.removeprefix("body."): v for k, v in state["model"].items() if k.startswith("body.")} or state["model"]
+        check_sizes(config, body)
+        model = GPT(config)
+        model.load_state_dict(body)
+    except Exception as e:  # a size that is a text, weights that are no dict, a tensor that is none: each fails in its own way
+        raise UserError(f"{path}: its weights do not fit its own sizes ({type(e).__name__}: {brief(e)})") from None
     return model.to(device).eval(), enc, state
 
 
@@ -472,20 +476,6 @@ def pick_device(name):
     if not ok[name]:
         raise UserError(f"--device {name}: this machine has none that torch can use; type --device cpu")
     return torch.device(name)
-
-
-def run_folder(path):
-    """The folder of a run as a Path; it is made when the first file is written. Raises UserError where a file stands."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"--out {path}: a file stands there; name a folder")
-    return Path(path)
-
-
-def set_seed(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.set_flush_denormal(True)   # else tiny gradients become denormal numbers, which a CPU multiplies 100 times slower
 
 
 def autocast(device):
@@ -509,17 +499,6 @@ def lr_at(step, steps, lr, schedule="cosine", floor=0.1):
     done = (step - warmup) / max(1, steps - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
     return lr * shape if schedule == "constant" else lr * (floor + (1 - floor) * shape)
-
-
-def take_step(loss, optimizer, model, lr, clip=1.0):
-    """One optimizer step at learning rate lr; returns the gradient norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return norm.item()
 
 
 def field_advice(cls):
@@ -561,24 +540,29 @@ def require(cfg, least, *names, most=math.inf):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {bounds}")
 
 
-def run(main, cls, doc):
-    """Start a script: a user's mistake ends it with one line on stderr and exit code 2, never with a traceback."""
+def run(main, cls, doc, shared=False):
+    """Start a script: a user's mistake ends it with one line on stderr and exit code 2, never with a traceback.
+
+    shared: whether several processes of torchrun may do its work together.
+    """
     try:
-        main(parse(cls, doc))
+        cfg = parse(cls, doc)
+        if "RANK" in os.environ and not shared:
+            raise UserError("this script runs in one process; start it with python, not with torchrun")
+        join(getattr(cfg, "device", "cpu"))
+        main(cfg)
     except UserError as e:
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
     except OSError as e:   # no place on the disk, no permission, a file where a folder should be
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; what was finished is in its folder", file=sys.stderr) or 130)
+        sys.exit(print("\nstopped; what was finished is in its folder" + ", and --resume goes on" * hasattr(cls, "resume"), file=sys.stderr) or 130)
 
 
-def log_metrics(path, fresh=False, **row):
-    """Append one JSON object to a metrics file; `fresh` starts the file anew."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w" if fresh else "a") as f:
-        f.write(json.dumps(row) + "\n")
+def brief(text, most=160):
+    """Somebody else's words, such as a library's error, as a short part of one line."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def read_text(path):
@@ -607,7 +591,7 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
         texts = [t for t in re.split(r"^<\|end\|>\r?(?:\n|\Z)", read_text(file), flags=re.M) if t.strip()]
         documents = [torch.tensor(enc.encode_ordinary(t) + [end], dtype=torch.int32) for t in texts]
         total = sum(map(len, documents))
-        if total * min(val_fraction, 1 - val_fraction) <= block_size:
+        if not total * min(val_fraction, 1 - val_fraction) > block_size:   # so that nan is refused, too
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction {val_fraction} both parts must exceed one "
                             f"block of {block_size} tokens; bring more text, or a smaller --block-size")
         val, missing = [], math.ceil(total * val_fraction)
@@ -626,13 +610,14 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
             weights = {k.strip(): float(v) for k, v in (part.split("=") for part in mixture.split(","))}
         elif path.is_dir() and written.exists():
             weights = {k: float(v) for k, v in json.loads(read_text(written)).items()}
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise UserError(f"--mixture {mixture!r}: write it as name=weight,name=weight" if mixture else
                         f"{written}: expected a JSON object such as {{\"books\": 2, \"web\": 1}}") from None
     if weights and not (min(weights.values()) >= 0 < sum(weights.values()) < math.inf):
         raise UserError(f"mixture {mixture or written}: weights must be 0 or more, and not all 0")
     if set(weights) - set(sources):
-        raise UserError(f"mixture names {sorted(set(weights) - set(sources))}, but the sources are {sorted(sources)}")
+        raise UserError(f"mixture {mixture or written} names {brief(sorted(set(weights) - set(sources)))}, "
+                        f"but the sources are {brief(sorted(sources))}")
     return {k: (v[0], v[1], weights.get(k, 0.0) if weights else v[2]) for k, v in sources.items()}
 
 
@@ -661,6 +646,9 @@ def corpus_of(path, enc, block_size, other=""):
     if other:
         return read_corpus(other, enc, block_size, Config.val_fraction)
     state = load_checkpoint(path)
+    kinds = dict(data=str, val_fraction=float, mixture=str)
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
+        raise UserError(f"{path}: does not say which text it was pretrained on; make it with: python gpt.py --out {Path(path).parent}")
     return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
 
 
@@ -741,36 +729,38 @@ def main(cfg):
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)).to(device)
     if not cfg.data:
         from data import corpus
-        cfg.data = str(corpus.ensure(out / "data", cfg.seed) / "pretrain")
+        cfg.data = str(once(lambda: corpus.ensure(out / "data", cfg.seed)) / "pretrain")
     T = model.config.block_size
     sources = read_corpus(cfg.data, enc, T, cfg.val_fraction, cfg.mixture)
     size = {name: sum(map(len, s[0])) for name, s in sources.items()}
     print(f"gpt.py: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {sum(size.values()):,} tokens, device {device}")
     optimizer, odds = adamw(model, cfg.lr, cfg.weight_decay), document_odds(sources, T)
-    rng, drawn, start, log = random.Random(cfg.seed), dict.fromkeys(sources, 0), time.time(), out / "gpt.jsonl"
+    rng, drawn = random.Random(cfg.seed), dict.fromkeys(sources, 0)
+    run = Run(cfg, "gpt", model=model, optimizer=optimizer, rng=rng, drawn=drawn)
     model.train()
-    bar = tqdm(range(cfg.steps), desc="pretrain", mininterval=1)
-    for step in bar:
+    for step in run.steps(cfg.steps):
         texts, tokens = draw_documents(sources, odds, cfg.batch_tokens, T, rng)
-        drawn = {name: drawn[name] + tokens[name] for name in drawn}
+        drawn.update({name: drawn[name] + tokens[name] for name in drawn})
+        texts = share(texts)
         ids, segments = pack(texts, T)                                                            # (B, T) each
         with autocast(device):
-            loss = lm_loss(model, ids.to(device), segments.to(device))
-        norm = take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr, cfg.schedule))
+            loss = fair(lm_loss(model, ids.to(device), segments.to(device)), sum(map(len, texts)) - len(texts))
+        norm = run.take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr, cfg.schedule), f"texts from {enc.decode(texts[0][:12].tolist())!r} on")
         row = dict(step=step, loss=loss.item(), grad_norm=norm)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, enc, device)
-            bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
-        log_metrics(log, fresh=step == 0, **row)
+            run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
+        run.log(**row)
     epochs = {name: round(n / size[name], 2) for name, n in drawn.items()}
     print(f"validation loss {row['val_loss']:.3f} nats per token, {row['bits_per_byte']:.3f} bits per byte, "
-          f"{sum(drawn.values()) / (time.time() - start):,.0f} tokens/s; epochs per source: {epochs}")
+          f"{sum(drawn.values()) / run.seconds():,.0f} tokens/s; epochs per source: {epochs}")
     save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data, val_fraction=cfg.val_fraction,
                mixture=cfg.mixture, val_loss=row["val_loss"])
+    run.finish()
     first = next(iter(sources.values()))[1][0][:8].tolist()
     text = enc.decode(generate(model, [first], 60, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0])
     print(f"--- a sample\n{enc.decode(first)}|{text}\n---\nsaved {out / 'gpt.pt'}; next: python sft.py --out {out}")
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run(main, Config, __doc__, shared=True)

@@ -25,14 +25,13 @@ Two minutes on two CPU cores once the other stages are there; seven minutes for 
 Frame. All quantities of a token are (B, T-1): index t belongs to the action that produced ids[:, t+1]. Its value is V of
 the state before it, read at position t. The mask is 1 on answer tokens including the end token, and on nothing after it.
 """
-import math, random
+import math, random, sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import gae, gpt, reward, sft
-from gpt import UserError
+from run import Run, UserError, averaged, fair, gathered, rank, share, world
 
 
 @dataclass
@@ -85,6 +84,10 @@ class Config:
     "module:function that grades (task, answer), for reports only; used where records carry a task"
     table: bool = True
     "end with the results table of eval.py, where prompts carry a task"
+    save_every: int = 5
+    "updates between two savings of all that --resume needs, in OUT/NAME.state; 0: on Ctrl-C alone"
+    resume: bool = False
+    "go on with what was stopped or killed in OUT, this stage or one before it, bit for bit"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
@@ -183,7 +186,8 @@ def roll_out(sampler, policy, reference, reward_model, value_model, prompts, end
     """Sample an answer to each prompt and measure it. -> dict: ids (B, T); mask, logprobs, ref_logprobs, old_logprobs and values
     (B, T-1); scores, lengths and ended (B,); answers, a list of id lists."""
     device = policy.wte.weight.device
-    answers = gpt.generate(sampler, prompts, cfg.max_new_tokens, stop=end, seed=seed)
+    # Several processes sample a part each, by seeds of their own; after that all of them know all the answers.
+    answers = gathered(gpt.generate(sampler, share(prompts), cfg.max_new_tokens, stop=end, seed=seed + rank()), cfg.max_new_tokens, device)
     # Right padding, no masks: nothing to the right of a real token can reach it.
     ids = gpt.pad([torch.tensor(p + a) for p, a in zip(prompts, answers)]).to(device)            # (B, T)
     starts = torch.tensor([len(p) for p in prompts], device=device)
@@ -205,6 +209,7 @@ def minibatch_losses(policy, value_model, b, advantages, returns, rows, cfg):
     logprobs, values = gpt.token_logprobs(policy, ids), value_model(ids)[:, :-1]                  # (b, T-1) each
     pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
     vf_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
+    pg_loss, vf_loss = fair(pg_loss, mask.sum()), fair(vf_loss, mask.sum())
     log_ratio = (logprobs - old).detach() * mask
     return pg_loss, vf_loss, dict(
         pg=pg_loss.item(), vf=vf_loss.item(), clipfrac=clipfrac.item(), ratio=masked_mean(log_ratio.exp(), mask).item(),
@@ -234,6 +239,26 @@ def diagnostics(b, returns, stats, beta, lr, update):
         "val/explained_variance": (1 - error / spread.clamp(min=1e-8)).item()}
 
 
+def warnings(row, first_entropy, cfg):
+    """What is wrong with an update, by its row of the log: {name: one line with the likely cause}. first_entropy: nats per token of update 0."""
+    kl, per_token, learned = row["objective/kl"], row["objective/entropy"] / max(1, row["objective/length"]), row["update"] >= max(5, cfg.warmup)
+    tests = {
+        "ratio": (not cfg.offline and abs(row["val/ratio_first"] - 1) > 0.01, f"the ratio is {row['val/ratio_first']:.3f} before the first step, "
+                  f"and should be 1: dropout, another temperature, or log-probabilities shifted against the mask"),
+        "kl below 0": (not cfg.offline and kl < -0.5, f"KL to the reference is {kl:.1f}, and cannot be below 0: the answers are not samples of the "
+                       f"policy at temperature 1, or the mask is off"),
+        "kl": (kl > max(20, 4 * cfg.target_kl), f"KL to the reference has grown to {kl:.0f} nats: raise --beta, or lower --lr; the reward no longer means much"),
+        "entropy fell": (per_token < 0.2 * first_entropy, f"entropy fell to {per_token:.3f} nats per token, from {first_entropy:.3f}: the policy says one thing "
+                    f"only; raise --beta, or lower --lr"),
+        "clip": (row["policy/clipfrac_avg"] > 0.3, f"{row['policy/clipfrac_avg']:.0%} of the ratios are clipped: lower --lr, or fewer --epochs"),
+        "value": (learned and row["val/explained_variance"] < 0, f"explained variance is {row['val/explained_variance']:.2f}: the values are worse than a "
+                  f"constant; try a longer --warmup, a lower --lr, or a larger --value-clip"),
+        "length": (row["val/num_eos_tokens"] == 0, f"no answer came to its end within {cfg.max_new_tokens} tokens: raise --max-new-tokens, or train sft.py longer"),
+        "scores": (row["objective/scores_std"] < 0.05, f"all answers have the same score (deviation {row['objective/scores_std']:.3f}): the reward model does "
+                   f"not tell them apart, or the policy says one thing only")}
+    return {name: line for name, (wrong, line) in tests.items() if wrong}
+
+
 def main(cfg):
     gpt.require(cfg, 1, "updates", "epochs", "minibatches", "max_new_tokens")
     gpt.require(cfg, 2, "rollout")
@@ -247,12 +272,14 @@ def main(cfg):
         raise UserError(f"--warmup {cfg.warmup} with --updates {cfg.updates}: no update is left to train the policy")
     if cfg.minibatches > cfg.rollout:
         raise UserError(f"--minibatches {cfg.minibatches}: a rollout of {cfg.rollout} answers has not so many parts")
+    if cfg.rollout % world():
+        raise UserError(f"--rollout {cfg.rollout}: {world()} processes cannot share it evenly")
     if cfg.name in ("gpt", "sft", "reward"):
         raise UserError(f"--name {cfg.name}: that is another stage's checkpoint; choose another")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "reward.pt").exists():
         print(f"{out / 'reward.pt'} is missing: training it first")
-        reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+        reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
@@ -271,39 +298,48 @@ def main(cfg):
     text = gpt.corpus_of(out / "gpt.pt", enc, block, cfg.text) if cfg.ptx else None
     odds = gpt.document_odds(text, block) if text else None
     policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
-    rng, beta, log, order = random.Random(cfg.seed), cfg.beta, out / f"{cfg.name}.jsonl", []
+    rng, order, control = random.Random(cfg.seed), [], {"beta": cfg.beta}
+    run = Run(cfg, cfg.name, policy=policy, value=value_model, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer, rng=rng,
+              order=order, control=control)
     print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
-    for update in (bar := tqdm(range(cfg.updates), desc="ppo", mininterval=1)):
+    for update in run.steps(cfg.updates):
         if len(order) < cfg.rollout:   # a new pass over the prompts
-            order = rng.sample(range(len(prompts)), len(prompts)) * math.ceil(cfg.rollout / len(prompts))
-        chosen, order = [prompts[i] for i in order[:cfg.rollout]], order[cfg.rollout:]
+            order[:] = rng.sample(range(len(prompts)), len(prompts)) * math.ceil(cfg.rollout / len(prompts))
+        chosen, order[:] = [prompts[i] for i in order[:cfg.rollout]], order[cfg.rollout:]
         b = roll_out(reference if cfg.offline else policy, policy, reference, reward_model, value_model,
                      [p["ids"] for p in chosen], end, cfg, seed=rng.randrange(2**31))
-        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], beta)      # (B, T-1)
+        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], control["beta"])                       # (B, T-1)
         advantages, returns = gae.gae(rewards, b["values"], b["mask"], cfg.gamma, cfg.lam)
         advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
-        lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
+        lr, stats, what = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), [], f"answers to {[p['prompt'][-1]['content'] for p in chosen[:2]]} and others"
         orders = [torch.randperm(len(chosen)).to(device) for _ in range(cfg.epochs)]
         for rows in (rows for o in orders for rows in o.tensor_split(cfg.minibatches)):   # flat: one break leaves all the epochs
             # No autocast here: bf16 would blur the ratio of two nearly equal policies.
-            loss, vf_loss, stat = minibatch_losses(policy, value_model, b, advantages, returns, rows, cfg)
+            loss, vf_loss, stat = minibatch_losses(policy, value_model, b, advantages, returns, share(rows), cfg)
+            stat = averaged(stat)
             if cfg.stop_kl and stats and stat["approxkl"] > cfg.stop_kl:
                 break   # before the step: the policy has gone far enough already
             if text and update >= cfg.warmup:
-                packed = gpt.pack(gpt.draw_documents(text, odds, cfg.ptx_tokens, block, rng)[0], block)
-                loss = loss + cfg.ptx * gpt.lm_loss(policy, *(t.to(device) for t in packed))
-            stat["norm"] = gpt.take_step(loss, policy_optimizer, policy, lr) if update >= cfg.warmup else 0.0
-            gpt.take_step(vf_loss, value_optimizer, value_model, lr)
+                texts = share(gpt.draw_documents(text, odds, cfg.ptx_tokens, block, rng)[0])
+                lm_loss = gpt.lm_loss(policy, *(t.to(device) for t in gpt.pack(texts, block)))
+                loss = loss + cfg.ptx * fair(lm_loss, sum(map(len, texts)) - len(texts))
+            stat["norm"] = run.take_step(loss, policy_optimizer, policy, lr, what) if update >= cfg.warmup else 0.0
+            run.take_step(vf_loss, value_optimizer, value_model, lr, what)
             stats.append(stat)
-        row = diagnostics(b, returns, stats, beta, lr, update)
+        row = diagnostics(b, returns, stats, control["beta"], lr, update)
         if gold:
             texts = [enc.decode([i for i in a if i != end]) for a in b["answers"]]
             row["objective/gold"] = sum(gold(p["task"], t) for p, t in zip(chosen, texts)) / len(chosen)
         if cfg.target_kl and update > cfg.warmup:   # before, the policy that was sampled had not learned: its KL was 0
-            beta = adapt_beta(beta, row["objective/kl"], cfg.target_kl, len(chosen))
-        gpt.log_metrics(log, fresh=update == 0, **row)
-        bar.set_postfix({k: f"{row['objective/' + k]:.2f}" for k in ("scores", "gold", "kl") if "objective/" + k in row})
+            control["beta"] = adapt_beta(control["beta"], row["objective/kl"], cfg.target_kl, len(chosen))
+        run.log(**row)
+        for name, line in warnings(row, control.setdefault("entropy", row["objective/entropy"] / row["objective/length"]), cfg).items():
+            if name not in control:   # each once
+                control[name] = update
+                run.bar.write(f"warning, update {update}: {line}", file=sys.stderr)
+        run.bar.set_postfix({k: f"{row['objective/' + k]:.2f}" for k in ("scores", "gold", "kl") if "objective/" + k in row})
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
+    run.finish()
     shown = [p["prompt"] for p in (load_prompts(unseen, enc, block, cfg.max_new_tokens) if unseen else prompts)[:4]]
     for chat, old, new in zip(shown, *(sft.reply(m, enc, shown, cfg.max_new_tokens, seed=cfg.seed) for m in (reference, policy))):
         print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
@@ -315,4 +351,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    gpt.run(main, Config, __doc__, shared=True)

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import gpt, sft
-from gpt import UserError
+from run import Run, UserError, fair, once, share
 
 
 @dataclass
@@ -54,6 +53,10 @@ class Config:
     "longest answer when these are sampled"
     gold: str = "data.village:gold"
     "module:function that grades (task, answer), for reports only; used where records carry a task"
+    save_every: int = 200
+    "steps between two savings of all that --resume needs, in OUT/reward.state; 0: on Ctrl-C alone"
+    resume: bool = False
+    "go on with what was stopped or killed in OUT, this stage or one before it, bit for bit"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
@@ -123,6 +126,11 @@ def as_messages(prompt, where):
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else sft.check_messages(prompt, where)
 
 
+def is_number(x, least):
+    """Neither a truth value nor nan, and less than 1e9: what a fp32 can hold."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x < 1e9
+
+
 def read_comparison(r, where):
     """One record of any format -> (prompt messages, answers, ranks); None where the two transcripts do not share a prompt."""
     if "responses" in r and "ranks" in r and "prompt" in r:
@@ -131,14 +139,15 @@ def read_comparison(r, where):
             raise UserError(f"{where}: responses and ranks must be two lists of one length K >= 2")
         if not all(isinstance(x, str) for x in answers):
             raise UserError(f"{where}: every response must be a text")
-        if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and 1 <= x < 1e9 for x in ranks):
+        if not all(is_number(x, 1) for x in ranks):
             raise UserError(f"{where}: every rank must be a number from 1 (best); equal ranks are a tie")
         for k in ("scores", "ranks_other"):
-            if k in r and (not isinstance(r[k], list) or len(r[k]) != len(answers)):
+            if k in r and (not isinstance(r[k], list) or len(r[k]) != len(answers) or not all(is_number(x, -1e9) for x in r[k])):
                 raise UserError(f"{where}: {k} must be a list with one number per response")
         return as_messages(r["prompt"], where), answers, ranks
     if "chosen" not in r or "rejected" not in r:
-        raise UserError(f'{where}: expected "chosen" and "rejected", or "prompt", "responses" and "ranks"; found {sorted(r)[:6]}')
+        raise UserError(f'{where}: expected "chosen" and "rejected", or "prompt", "responses" and "ranks"; '
+                        f'found {gpt.brief(sorted(r))}')
     chosen, rejected = r["chosen"], r["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str) and "prompt" in r:
         return as_messages(r["prompt"], where), [chosen, rejected], [1, 2]
@@ -160,9 +169,12 @@ def load_comparisons(path):
             odd += 1
             continue
         prompt, answers, ranks = found
-        if len(set(ranks)) < 2 or len(set(answers)) < 2:
+        # In fp32, as the loss sees them: ranks that differ in the ninth digit are a tie.
+        if len(set(rank_tensor([ranks])[0].tolist())) < 2 or len(set(answers)) < 2:
             tied += 1
             continue
+        if ranks is not r.get("ranks"):   # a pair: what it calls scores is not one number per answer
+            r = {k: v for k, v in r.items() if k not in ("scores", "ranks_other")}
         kept.append({**r, "prompt": prompt, "responses": answers, "ranks": ranks})
     for n, why in ((odd, "the two sides do not share one prompt and end with an answer"),
                    (tied, "all answers are tied or the same text")):
@@ -319,12 +331,12 @@ def main(cfg):
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "sft.pt").exists():
         print(f"{out / 'sft.pt'} is missing: fine-tuning it first")
-        sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+        sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     if not cfg.data:
         from data import labelers
-        cfg.data, val_file = labelers.ensure(out, cfg.seed, cfg.device)
+        cfg.data, val_file = once(lambda: labelers.ensure(out, cfg.seed, cfg.device))
         cfg.val = cfg.val or val_file
     train = load_comparisons(cfg.data)
     train, val = (train, load_comparisons(cfg.val)) if cfg.val else sft.split_by_user(train, seed=cfg.seed)
@@ -337,9 +349,11 @@ def main(cfg):
     budget = B * sum(size) // len(size)
     plan = [b for _ in range(cfg.epochs) for b in sft.batches(size, budget, rng)]
     print(f"reward.py: {len(train):,} prompts, {sum(len(e[0]) for e in train):,} answers, {len(plan)} steps, device {device}")
-    optimizer, log, step = gpt.adamw(model, cfg.lr, 0.01), out / "reward.jsonl", 0
+    optimizer = gpt.adamw(model, cfg.lr, 0.01)
+    run = Run(cfg, "reward", model=model, optimizer=optimizer)
     model.train()
-    for rows in (bar := tqdm(plan, desc="reward", mininterval=1)):
+    for step in run.steps(len(plan)):
+        rows = share(plan[step])
         answers = [ids for i in rows for ids in train[i][0]]
         lengths = torch.tensor([len(a) for a in answers], device=device)
         ids = gpt.pad(answers).to(device)                                     # (sum of K, T)
@@ -347,20 +361,21 @@ def main(cfg):
             if cfg.loss == "ranking":
                 flat = model.score(ids, lengths)                              # (sum of K,)
                 scores = gpt.pad(list(flat.split([len(train[i][0]) for i in rows])))              # (B, K)
-                loss = ranking_loss(scores, rank_tensor([train[i][2]["ranks"] for i in rows]).to(device))
+                ranks = rank_tensor([train[i][2]["ranks"] for i in rows]).to(device)              # (B, K)
+                loss = fair(ranking_loss(scores, ranks), len(rows))   # load_comparisons keeps no prompt whose answers are all tied
             elif cfg.loss == "regression":
                 wanted = torch.cat([targets(train[i][2]) for i in rows]).to(device)               # (sum of K,)
-                loss = F.mse_loss(model.score(ids, lengths), wanted)
+                loss = fair(F.mse_loss(model.score(ids, lengths), wanted), len(wanted))
             else:
                 better, worse, mask = aligned(model(ids), lengths, [train[i] for i in rows])
-                loss = token_margin_loss(better, worse, mask, cfg.margin)
-        norm = gpt.take_step(loss, optimizer, model, gpt.lr_at(step, len(plan), cfg.lr))
-        gpt.log_metrics(log, fresh=step == 0, step=step, loss=loss.item(), grad_norm=norm)
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        step += 1
+                loss = fair(token_margin_loss(better, worse, mask, cfg.margin), mask.sum())
+        norm = run.take_step(loss, optimizer, model, gpt.lr_at(step, len(plan), cfg.lr), f"prompts {plan[step]}, counted from 0")
+        run.log(step=step, loss=loss.item(), grad_norm=norm)
+        run.bar.set_postfix(loss=f"{loss.item():.3f}")
     normalise(model, policy, enc, [e[2] for e in train], cfg)
     gpt.save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], tokenizer=base["tokenizer"],
                         fingerprint=base["fingerprint"], seed=cfg.seed, loss=cfg.loss)
+    run.finish()
     gold, words = sft.gold_hook(cfg.gold, [e[2] for e in train + val]), word_scores(train)
     for name, examples in (("training users", train[:400]), ("held-out users", val)):
         scores = score_all(model, examples, device)
@@ -370,7 +385,7 @@ def main(cfg):
         row = report(name, examples, scores, extra)
         if gold:
             row["accuracy_against_gold"] = pair_accuracy(scores, [[-g for g in golds] for golds in extra[1][1]])[0]
-        gpt.log_metrics(log, **row)
+        run.log(**row)
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     e, s = max(zip(val, score_all(model, val, device)), key=lambda x: max(x[1]) - min(x[1]))
     print(f"--- {e[2]['prompt'][-1]['content']!r}")
@@ -380,4 +395,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    gpt.run(main, Config, __doc__, shared=True)

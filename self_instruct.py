@@ -140,7 +140,7 @@ def read_instances(text, label_first):
     if label_first:
         parts = [part.split("\nInput:") for part in re.split(r"^Class label:", text, flags=re.M)]
         return [(p[1].strip(), p[0].strip()) for p in parts if len(p) == 2]
-    return [(x.strip(), y.strip()) for x, y in re.findall(r"(?:^Input:(.*)\n)?^Output:(.*)$", text, flags=re.M)]
+    return [(x.strip(), y.strip()) for x, y in re.findall(r"(?:^Input:((?:(?!^Input:).)*?)\n)?^Output:(.*?)(?=^Input:|^Output:|\Z)", text, flags=re.M | re.S)]
 
 
 def keep_instances(instances):
@@ -184,9 +184,8 @@ def grow(model, enc, seeds, cfg, rng):
     for number in range(cfg.rounds):
         machine = [min(2, len(kept))] * cfg.requests   # the very first lists show people's tasks only
         prompts = [list_prompt(rng.sample(rng.sample(kept, m) + rng.sample(seeds, 8 - m), 8)) for m in machine]
-        room = max(1, model.config.block_size - max(len(enc.encode_ordinary(p)) for p in prompts))
         before, tried = len(kept), 0
-        for text, ended in ask(model, enc, prompts, room, temperature=cfg.temperature, top_p=cfg.top_p, seed=rng.randrange(2**31)):
+        for text, ended in ask(model, enc, prompts, model.config.block_size, temperature=cfg.temperature, top_p=cfg.top_p, seed=rng.randrange(2**31)):
             candidates = read_list(text)
             if not ended:   # out of room: nobody knows what was cut off, so the whole list goes, as in the paper
                 fate["list without end"] += len(candidates)
@@ -281,17 +280,17 @@ def fine_tune(base, device, records, val_score, cfg):
     return model.eval()
 
 
-def long_base(out, seed, device):
+def long_base(out, seed, device, resume=False):
     """The default base model: OUT/gpt.pt, which read on at a context of 320 tokens, mostly pages of tasks. Made when it is missing."""
     from data import tasks
     out, path = Path(out), Path(out) / "long" / "gpt.pt"
     if not (out / "gpt.pt").exists():
         print(f"{out / 'gpt.pt'} is missing: pretraining it first")
-        gpt.main(gpt.Config(out=str(out), seed=seed, device=device))
+        gpt.main(gpt.Config(out=str(out), seed=seed, device=device, resume=resume))
     if not path.exists():
         print(f"{path} is missing: OUT/gpt.pt reads on, pages of tasks, with a longer context")
         pages = tasks.ensure(out / "data", seed) / "pages"
-        gpt.main(gpt.Config(init=str(out / "gpt.pt"), data=str(pages), out=str(path.parent), block_size=320, seed=seed, device=device))
+        gpt.main(gpt.Config(init=str(out / "gpt.pt"), data=str(pages), out=str(path.parent), block_size=320, steps=6000, seed=seed, device=device, resume=resume))
     return path
 
 
@@ -301,7 +300,8 @@ def read_seeds(path):
     for where, r in sft.read_records(path):
         given = r.get("instances")
         if not isinstance(r.get("instruction"), str) or not isinstance(given, list) or not all(
-                isinstance(i, dict) and isinstance(i.get("output"), str) and isinstance(i.get("input", ""), str) for i in given):
+                isinstance(i, dict) and isinstance(i.get("output"), str) and isinstance(i.get("input", ""), str) for i in given) or (
+                r.get("is_classification", False) not in (True, False, "true", "True", "false", "False")):
             raise UserError(f'{where}: expected {{"instruction": text, "instances": [{{"input", "output"}}], "is_classification": true or false}}')
         found.append({"instruction": r["instruction"], "is_classification": r.get("is_classification") in (True, "true", "True"),
                       "instances": [{"input": i.get("input") or "", "output": i["output"]} for i in given]})

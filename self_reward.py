@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import dpo, eval, gpt, ppo, reward, self_instruct, sft
-from gpt import UserError
+from run import Run, UserError
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     "folder of this run"
     iterations: int = 3
     "rounds of DPO: 3 end with M4"
-    n_prompts: int = 1000
+    n_prompts: int = 800
     "new prompts per round"
     candidates: int = 4
     "answers to each, at temperature 1: what is never sampled cannot be learned"
@@ -94,6 +94,10 @@ class Config:
     "longest answer, and longest verdict"
     grade: str = "data.village:grade"
     "module:function that grades (task, answer), for the simulated annotator and for reports; used where records carry a task"
+    save_every: int = 1
+    "rounds between two savings of all that --resume needs, in OUT/self_reward-NAME.state; 0: on Ctrl-C alone"
+    resume: bool = False
+    "go on with what was stopped or killed in OUT, this stage or one before it, bit for bit from the last whole round on"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
@@ -317,7 +321,8 @@ def improve(policy, examples, replay, cfg, rng, log):
             ids, mask = (t.to(device) for t in next(old))
             again = sft.response_loss(policy(ids), ids, mask)
             loss, row["replay_loss"] = loss + cfg.replay * again, again.item()
-        log(step=step, **row, grad_norm=gpt.take_step(loss, optimizer, policy, gpt.lr_at(step, len(plan), cfg.lr)))
+        log(step=step, **row, grad_norm=gpt.take_step(loss, optimizer, policy, gpt.lr_at(step, len(plan), cfg.lr), where=(
+            f"step {step} of a round, examples {rows}; last good checkpoint: the model of the round before")))
     policy.eval()
 
 
@@ -331,7 +336,8 @@ def train_m1(model, examples, cfg, log):
         ids, mask = (t.to(device) for t in sft.collate(examples, rows))                           # (B, T) each
         with gpt.autocast(device):
             loss = sft.response_loss(model(ids), ids, mask)
-        log(step=step, loss=loss.item(), grad_norm=gpt.take_step(loss, optimizer, model, gpt.lr_at(step, len(plan), cfg.sft_lr)))
+        log(step=step, loss=loss.item(), grad_norm=gpt.take_step(
+            loss, optimizer, model, gpt.lr_at(step, len(plan), cfg.sft_lr), where=f"step {step} of M1, examples {rows}"))
         bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
 
@@ -426,7 +432,7 @@ def seed_data(cfg, out):
         from data import annotators, labelers
         if not (out / "sft.pt").exists():
             print(f"{out / 'sft.pt'} is missing, whose answers people rank: training it first")
-            sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+            sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
         ranked = reward.load_comparisons(labelers.ensure(out, cfg.seed, cfg.device)[0])
         records = [{**r, "verdicts": [v and write_verdict(*v) for v in r["verdicts"]]}
                    for r in annotators.judged(ranked, CRITERIA.values(), cfg.noise, cfg.halo, cfg.seed)]
@@ -484,10 +490,10 @@ def check(cfg):
 def main(cfg):
     check(cfg)
     out, name = gpt.run_folder(cfg.out), variant(cfg)
-    init, folder, log_path, rows = Path(cfg.init or out / "gpt.pt"), out / "self_reward", out / f"self_reward-{name}.jsonl", []
+    init, folder, rows = Path(cfg.init or out / "gpt.pt"), out / "self_reward", []
     if not init.exists() and not cfg.init:
         print(f"{init} is missing: pretraining it first")
-        gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+        gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     m0, enc, base = gpt.load_model(init)
     block, rng = m0.config.block_size, random.Random(cfg.seed)
@@ -499,7 +505,7 @@ def main(cfg):
     else:
         pool, test = sft.split_by_user(pool, seed=cfg.seed)
     if not pool:
-        long = gpt.load_model(self_instruct.long_base(cfg.out, cfg.seed, cfg.device), gpt.pick_device(cfg.device))[0]
+        long = gpt.load_model(self_instruct.long_base(cfg.out, cfg.seed, cfg.device, cfg.resume), gpt.pick_device(cfg.device))[0]
         writer = long, enc, sorted({c["messages"][0]["content"] for c in chats if len(c["messages"]) == 2})
     test, grade = test[:cfg.n_test], sft.gold_hook(cfg.grade, test + pool)
     held_out = held_out if sft.gold_hook(cfg.grade, held_out) else []
@@ -507,10 +513,14 @@ def main(cfg):
         raise UserError("--pairs gold: the prompts carry no task to grade; leave it out")
     ift, eft = sft.tokenize(chats, enc, block), eft_examples(judged, enc, block, rng)
     print(f"self_reward.py: {name}; {len(ift):,} IFT chats, {len(eft):,} judged answers, device {gpt.pick_device(cfg.device)}")
-    gpt.log_metrics(log_path, fresh=True, config=vars(cfg))
-    log = lambda t: lambda **row: gpt.log_metrics(log_path, **{"round": t} | row)
-    policy = first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft, log(0))
-    frozen, history = copy.deepcopy(policy), []
+    last = folder / f"{'' if name == 'main' else name + '-'}M{cfg.iterations + 1}.pt"
+    policy, history = m0.to(gpt.pick_device(cfg.device)), []
+    run = Run(cfg, f"self_reward-{name}", made=last, policy=policy, rng=rng, rows=rows, history=history)
+    log = lambda t: lambda **row: run.log(**{"round": t} | row)
+    if not run.resumed:
+        run.log(config=vars(cfg))
+    policy.load_state_dict(first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft, log(0)).state_dict())
+    frozen = copy.deepcopy(policy)
 
     def look(stage, **more):
         row, *rest = measure(policy, frozen if cfg.frozen_judge else policy, enc, test, held_out, grade, cfg)
@@ -522,11 +532,12 @@ def main(cfg):
             new += free_rows(policy, enc, test, rest[1], rest[2], rest[0], grade, cfg)
         for row in new:
             rows.append(dict(run=name) | row)
-            gpt.log_metrics(log_path, **rows[-1])
+            run.log(**rows[-1])
         print(table(rows[-len(new):]))
 
-    look("M1")
-    for t in range(1, cfg.iterations + 1):
+    if not run.resumed:
+        look("M1")
+    for t in (step + 1 for step in run.steps(cfg.iterations)):
         seed = 1000 * cfg.seed + t
         prompts = new_prompts(cfg, t, test, block, pool, None if pool else writer)
         answers = candidates(policy, enc, prompts, cfg.candidates, cfg.max_new_tokens, seed)
@@ -541,7 +552,7 @@ def main(cfg):
         if len(pairs) < cfg.batch_pairs:
             print(f"fewer than {cfg.batch_pairs} pairs: the judge sees no difference any more, and the run ends here")
             break
-        more = dict(pairs=len(pairs), dropped=dropped)
+        more = dict(pairs=len(pairs), dropped=dict(dropped))
         if golds:
             more |= dict(agree=sum(golds[i][a] > golds[i][b] for i, a, b in pairs) / len(pairs),
                          contradict=sum(golds[i][a] < golds[i][b] for i, a, b in pairs) / len(pairs))
@@ -549,7 +560,8 @@ def main(cfg):
         improve(policy, examples, ift + eft, cfg, rng, log(t))
         gpt.save_model(folder / f"{'' if name == 'main' else name + '-'}M{t + 1}.pt", policy, enc, base["tokenizer"])
         look(f"M{t + 1}", **more)
-    files = [path for path in sorted(out.glob("self_reward-*.jsonl")) if path != log_path]
+    run.finish()
+    files = [path for path in sorted(out.glob("self_reward-*.jsonl")) if path != run.log_path]
     others = [r for path in files for _, r in sft.read_records(path) if "stage" in r]
     print(f"--- all runs of {out}\n{table(rows + others)}")
     for p, old, new in list(zip(test, history[0][1], history[-1][1]))[:4]:

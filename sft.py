@@ -17,15 +17,15 @@ The prompt is read, never imitated. A chat becomes one line of tokens; special t
 
 Half a minute on two CPU cores. Needs OUT/gpt.pt and trains it first when it is missing. Read next: reward.py.
 """
-import gzip, importlib, json, random, re, zlib
+import gzip, importlib, io, json, random, re, zlib
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import gpt
-from gpt import UserError
+from run import Run, UserError, fair, once, share
 
 
 @dataclass
@@ -52,6 +52,10 @@ class Config:
     "longest answer when samples are drawn"
     gold: str = "data.village:gold"
     "module:function that grades (task, answer), for reports only; used where records carry a task"
+    save_every: int = 500
+    "steps between two savings of all that --resume needs, in OUT/sft.state; 0: on Ctrl-C alone"
+    resume: bool = False
+    "go on with what was stopped or killed in OUT, this stage or one before it, bit for bit"
     seed: int = 0
     "same seed, same machine, same run"
     device: str = "auto"
@@ -68,7 +72,12 @@ def read_records(path):
     """A .json (one list), .jsonl or .gz file -> [(where, record)]; where is 'file:line', ready for an error message."""
     path = Path(path)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            most = max(10_000_000, 100 * len(raw))   # text becomes 3 to 20 times smaller; what was made to fill a memory, 1000 times
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(most + 1)
+            if len(raw) > most:
+                raise UserError(f"{path}: more than 100 times larger inside, as no text is; if you trust it: gunzip {path}")
     except OSError as e:  # BadGzipFile is one, too
         raise UserError(f"{path}: {e.strerror or e}") from None
     except (EOFError, zlib.error):
@@ -123,7 +132,7 @@ def as_chat(record, where, rng):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": fields["output"]}]
     else:
         raise UserError(f'{where}: expected {{"messages": [...]}} or {{"instruction", "input", "output"}}, '
-                        f'found {sorted(record)[:6]}')
+                        f'found {gpt.brief(sorted(record))}')
     return messages if any(m["role"] == "assistant" and m["content"].strip() for m in messages) else None
 
 
@@ -256,7 +265,7 @@ def prompt_of(messages):
 
 def village_data(out, seed):
     from data import corpus
-    return corpus.ensure(Path(out) / "data", seed)
+    return once(lambda: corpus.ensure(Path(out) / "data", seed))
 
 
 def judge_from(path, val, block_size, device, cfg):
@@ -304,7 +313,7 @@ def main(cfg):
     init = Path(cfg.init or out / "gpt.pt")
     if not init.exists() and not cfg.init:
         print(f"{init} is missing: pretraining it first")
-        gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+        gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     model, enc, base = gpt.load_model(init, device, cfg.dropout)
     if not cfg.data:
@@ -319,37 +328,37 @@ def main(cfg):
     before = reply(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     rng = random.Random(cfg.seed)
     plan = [batches(lengths, cfg.batch_tokens, rng) for _ in range(cfg.epochs)]
-    steps, step, best, log = sum(map(len, plan)), 0, None, out / "sft.jsonl"
-    judge, table = judge_from(out / "reward.pt", val, block, device, cfg), []
+    order, ends = [rows for epoch in plan for rows in epoch], list(accumulate(map(len, plan)))
+    judge, table, best = judge_from(out / "reward.pt", val, block, device, cfg), [], {}
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {steps} steps, device {device}")
-    with tqdm(total=steps, desc="sft", mininterval=1) as bar:
-        for epoch, epoch_batches in enumerate(plan, 1):
-            model.train()
-            for rows in epoch_batches:
-                ids, mask = (t.to(device) for t in collate(examples, rows))   # (B, T) each
-                with gpt.autocast(device):
-                    loss = response_loss(model(ids), ids, mask)
-                norm = gpt.take_step(loss, optimizer, model, gpt.lr_at(step, steps, cfg.lr))
-                gpt.log_metrics(log, fresh=step == 0, step=step, epoch=epoch, loss=loss.item(), grad_norm=norm)
-                step += 1
-                bar.update()
+    run = Run(cfg, "sft", model=model, optimizer=optimizer, table=table, best=best)
+    print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {len(order)} steps, device {device}")
+    for step in run.steps(len(order)):
+        model.train()
+        ids, mask = (t.to(device) for t in collate(examples, share(order[step])))                 # (B, T) each
+        with gpt.autocast(device):
+            loss = fair(response_loss(model(ids), ids, mask), mask[:, 1:].sum())
+        norm = run.take_step(loss, optimizer, model, gpt.lr_at(step, len(order), cfg.lr), f"chats {order[step]}, counted from 0")
+        epoch = 1 + sum(step >= end for end in ends)
+        run.log(step=step, epoch=epoch, loss=loss.item(), grad_norm=norm)
+        if step + 1 in ends:
             row = dict(epoch=epoch, train_loss=loss.item(), val_loss=evaluate(model, val_examples, device)) | judge(model)
             table.append(row)
-            gpt.log_metrics(log, **row)
-            bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
+            run.log(**row)
+            run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
             key = {"val": -row["val_loss"], "last": epoch, "reward": row.get("reward")}[cfg.select]
-            if best is None or key > best[0]:
-                best = key, epoch, {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(best[2])
+            if not best or key > best["key"]:
+                best.update(key=key, epoch=epoch, model={k: v.clone() for k, v in model.state_dict().items()})
+    model.load_state_dict(best["model"])
     for row in table:
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v:2d}" for k, v in row.items()))
     gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed)
     after = reply(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     for prompt, old, new in zip(shown, before, after):
         print(f"--- {prompt[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
-    print(f"---\nsaved {out / 'sft.pt'} (epoch {best[1]}); next: python reward.py --out {out}")
+    run.finish()
+    print(f"---\nsaved {out / 'sft.pt'} (epoch {best['epoch']}); next: python reward.py --out {out}")
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    gpt.run(main, Config, __doc__, shared=True)

@@ -275,6 +275,21 @@ def tool_examples(questions, db, enc):
     return examples
 
 
+def later_turns(questions, db, enc, block_size, rng, usual=()):
+    """The questions, each behind an earlier turn of a talk, where that fits the context: another question with its answer, or one
+    of the `usual` chats. Who has only ever been asked first does not know what to do when asked again."""
+    talks = []
+    for q in questions:
+        other = rng.choice(questions)
+        earlier = other["messages"] + [{"role": "assistant", "content": "".join(parts(other, db))}]
+        if usual and rng.random() < 0.5:
+            earlier = rng.choice(usual)["messages"][:2]
+        talk = {**q, "messages": earlier + q["messages"]}
+        fits = max(len(ids) for ids, _ in tool_examples([talk], db, enc)) <= block_size
+        talks.append(talk if fits else q)
+    return talks
+
+
 def train(name, path, examples, device, cfg):
     """Fine-tune the checkpoint at `path` on (ids, mask) examples, as sft.py does -> model."""
     gpt.set_seed(cfg.seed)
@@ -372,11 +387,14 @@ def report(models, enc, old, new, known, cfg, rng):
     seen, reworded = (exam(new, known, wordings, cfg.n, rng) for wordings in (range(5), [5]))
     theirs = exam(old, known, range(5), cfg.n, rng)
     never = [new_question("price", rng.randrange(5), {i: new[i] for i in new if i not in known}, rng) for _ in range(cfg.n)]
+    second = later_turns(seen, new_db, enc, models["tool"].config.block_size, rng)
+    second = [q for q in second if len(q["messages"]) > 1]
     print(f"\nright answers, greedy, word by word    " + "".join(f"{s:>9}" for s in [*SHAPES, "nothing"]))
     for label, asked, db, executor in (
-            ("tool", seen, new_db, True), ("tool, held-out wording", reworded, new_db, True),
-            ("tool, items never named", never, new_db, True), ("tool, executor off", seen, new_db, False),
-            ("no tool", seen, new_db, False), ("no tool, shop of training", theirs, old_db, False)):
+            ("tool", seen, new_db, True), ("tool, second question", second, new_db, True),
+            ("tool, held-out wording", reworded, new_db, True), ("tool, items never named", never, new_db, True),
+            ("tool, executor off", seen, new_db, False), ("no tool", seen, new_db, False),
+            ("no tool, shop of training", theirs, old_db, False)):
         show(label, accuracy(models[label.split(",")[0]], enc, asked, db, executor, cfg), log)
     show("a guess", guess_rate([q for q in seen if q["shape"] != "nothing"], new_db), log)
     return seen[::cfg.n]
@@ -393,14 +411,16 @@ def main(cfg):
     data, rng, folder, log = sft.village_data(out, cfg.seed), random.Random(cfg.seed), out / "tools", out / "tools.jsonl"
     old, new, known = two_shops(folder, rng)
     old_db, new_db = databases(cfg)
+    block, chats = base["gpt"]["block_size"], sft.load_chats(data / "sft_train.jsonl", cfg.seed)
     questions = lesson(old, known, cfg.demos, rng)
-    usual = sft.tokenize(sft.load_chats(data / "sft_train.jsonl", cfg.seed), enc, base["gpt"]["block_size"])
+    questions += later_turns(rng.sample(questions, len(questions) // 3), old_db, enc, block, rng, chats)
+    usual = sft.tokenize(chats, enc, block)
     told = [{"messages": q["messages"] + [{"role": "assistant", "content": "".join(parts(q, old_db))}]} for q in questions]
     print(f"tools.py: {len(usual):,} usual chats, {len(questions):,} about the shop, device {device}")
     gpt.log_metrics(log, fresh=True, shop=new, shop_train=old)
     models = {"tool": train("tool", out / "gpt.pt", usual + tool_examples(questions, old_db, enc), device, cfg)}
     gpt.save_model(folder / "sft.pt", models["tool"], enc, base["tokenizer"], seed=cfg.seed)
-    models["no tool"] = train("no tool", out / "gpt.pt", usual + sft.tokenize(told, enc, base["gpt"]["block_size"]), device, cfg)
+    models["no tool"] = train("no tool", out / "gpt.pt", usual + sft.tokenize(told, enc, block), device, cfg)
     if (out / "sft.pt").exists():
         models["sft.pt"] = gpt.load_model(out / "sft.pt", device)[0]
     examples = report(models, enc, old, new, known, cfg, rng)

@@ -815,8 +815,8 @@ def test_every_field_has_a_flag_and_advice(capsys):
     assert set(gpt.field_advice(gpt.Config)) == {f.name for f in dataclasses.fields(gpt.Config)}
     assert all(len(advice) > 10 for advice in gpt.field_advice(gpt.Config).values())
     for f in dataclasses.fields(gpt.Config):
-        value = {str: "x", int: 7, float: 0.25}[type(f.default)]
-        cfg = gpt.parse(gpt.Config, "", ["--" + f.name.replace("_", "-"), str(value)])
+        value = {str: "x", int: 7, float: 0.25, bool: True}[type(f.default)]
+        cfg = gpt.parse(gpt.Config, "", ["--" + f.name.replace("_", "-")] + [str(value)] * (value is not True))
         assert cfg == dataclasses.replace(gpt.Config(), **{f.name: value}), f.name
     assert gpt.parse(gpt.Config, "", []) == gpt.Config()
     with pytest.raises(SystemExit) as e:

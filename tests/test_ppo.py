@@ -18,6 +18,7 @@ import gae
 import gpt
 import ppo
 import reward
+import run as training
 import sft
 from gpt import UserError
 
@@ -539,7 +540,7 @@ def test_while_the_critic_warms_up_the_policy_waits(train, monkeypatch):
     assert not same_weights(values[0], reward.load_reward(out / "reward.pt")[0])
     start = gpt.load_model(out / "sft.pt")[0]
     assert not same_weights(policy, start)
-    steps = Recorder(monkeypatch, gpt, "take_step")
+    steps = Recorder(monkeypatch, training, "take_step")
     train(updates=3, warmup=2)
     stepped = [type(args[2]) for args, _ in steps.calls]  # per update: 2 epochs of 2 minibatches
     assert stepped.count(gpt.GPT) == 4 and stepped.count(reward.RewardModel) == 12 and gpt.GPT not in stepped[:8]
@@ -624,7 +625,7 @@ def test_minibatches_are_as_many_as_asked_and_of_like_size(train, monkeypatch):
 @pytest.mark.parametrize("stop_kl, most", [(1e-9, 1), (1e9, 12), (0.0, 12)])
 def test_stop_kl_takes_no_step_once_the_policy_has_moved(train, monkeypatch, stop_kl, most):
     """The first minibatch is never the reason: its ratio is 1. The second sees the move, and steps no further. 0: never."""
-    steps = Recorder(monkeypatch, gpt, "take_step")
+    steps = Recorder(monkeypatch, training, "take_step")
     rows = train(updates=1, epochs=6, minibatches=2, lr=1e-2, stop_kl=stop_kl)[0]
     models = [type(args[2]) for args, _ in steps.calls]
     assert models.count(gpt.GPT) == most and models.count(reward.RewardModel) <= 12

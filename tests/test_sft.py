@@ -544,8 +544,8 @@ def test_half_an_emoji_does_not_end_the_run(tmp_path, init, capsys):
 def test_every_field_has_a_flag_and_advice(capsys):
     assert set(gpt.field_advice(sft.Config)) == {f.name for f in dataclasses.fields(sft.Config)}
     for f in dataclasses.fields(sft.Config):
-        value = {str: "x", int: 7, float: 0.25}[type(f.default)]
-        assert getattr(gpt.parse(sft.Config, "", ["--" + f.name.replace("_", "-"), str(value)]), f.name) == value
+        value = {str: "x", int: 7, float: 0.25, bool: True}[type(f.default)]
+        assert getattr(gpt.parse(sft.Config, "", ["--" + f.name.replace("_", "-")] + [str(value)] * (value is not True)), f.name) == value
     with pytest.raises(SystemExit):
         gpt.parse(sft.Config, sft.__doc__, ["--help"])
     shown = "".join(capsys.readouterr().out.split())

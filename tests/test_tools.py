@@ -448,6 +448,21 @@ def test_the_two_sequences_of_a_demonstration(market):
         assert ids2[mask2 == 0].tolist() == sft.render_prompt(q["messages"], ENC) + ENC.encode_ordinary(said)
 
 
+def test_a_later_turn_is_the_same_question_behind_a_whole_turn(market):
+    """What came before is read, not learned; it is only there where all of it fits; and it is a true one."""
+    asked, usual = questions(20), [{"messages": user("Hi.") + [{"role": "assistant", "content": "Hello, how are you?"}] + user("never") * 3}]
+    talks = tools.later_turns(asked, market, ENC, 100, random.Random(0), usual)
+    assert len({len(t["messages"]) for t in talks}) == 2 and sum(len(t["messages"]) == 3 for t in talks) > 0.5 * len(talks)
+    for q, talk in zip(asked, talks):
+        *earlier, last = talk["messages"]
+        assert [last] == q["messages"] and tools.parts(talk, market) == tools.parts(q, market)
+        assert not earlier or [m["role"] for m in earlier] == ["user", "assistant"]
+        assert not earlier or earlier == usual[0]["messages"][:2] or any(
+            earlier == o["messages"] + [{"role": "assistant", "content": brute_force(o)}] for o in asked)
+        for (ids, mask), (_, alone) in zip(tools.tool_examples([talk], market, ENC), tools.tool_examples([q], market, ENC)):
+            assert (len(ids) <= 100 or not earlier) and mask.sum() == alone.sum()
+
+
 def test_shops_differ_in_every_price(tmp_path):
     rng, items = random.Random(0), list(SHOP)
     old = tools.make_shop(tmp_path / "a" / "old.db", items, rng)
