@@ -69,9 +69,9 @@ def save_checkpoint(path, older=None, **state):
             if older and path.exists():
                 os.replace(path, older)   # a kill before the next line leaves the older one alone: readers look for both
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as e:
             temporary.unlink(missing_ok=True)
-            raise
+            raise e.__context__ if isinstance(e.__context__, OSError) else e   # of a full disk torch makes a RuntimeError
     barrier()   # nobody reads it before it is there
 
 
@@ -217,6 +217,12 @@ def lock(folder):
         LOCKS[key] = handle
 
 
+def unlock(folder):
+    handle = LOCKS.pop(folder.resolve(), None)
+    if handle is not None:
+        os.close(handle)
+
+
 def random_states():
     name, keys, *rest = np.random.get_state()
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -279,6 +285,8 @@ class Run:
         for path in there:
             try:
                 state = load_checkpoint(path)
+                if "settings" not in state:
+                    raise UserError(f"{path}: not the state of a run")
             except UserError as e:
                 print(f"warning: {e}; looking for the one before", file=sys.stderr)
                 continue
@@ -365,9 +373,7 @@ class Run:
         if rank() == 0:
             self.path.unlink(missing_ok=True)
             self.older.unlink(missing_ok=True)
-        handle = LOCKS.pop(self.path.parent.resolve(), None)
-        if handle is not None:
-            os.close(handle)
+        unlock(self.path.parent)
 
 
 def demo(out, kill_at=None, resume=False):
