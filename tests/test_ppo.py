@@ -661,6 +661,15 @@ def test_ptx_keeps_the_policy_a_language_model(train):
     assert text_loss(*without[1:]) > start - 0.1
 
 
+def test_every_step_of_the_ptx_term_reads_another_text(train, monkeypatch, tmp_path):
+    """It goes on through the text, and does not begin again in each epoch or update."""
+    path = tmp_path / "sacks.txt"
+    path.write_text("<|end|>\n".join(f"On day {n} the miller sold {7 * n % 100} sacks, and the dog slept.\n" for n in range(200)))
+    read = Recorder(monkeypatch, gpt, "lm_loss")
+    train(ptx=0.5, text=str(path), updates=3)
+    assert len({str(args[1].tolist()) for args, _ in read.calls}) == len(read.calls) == 3 * 2 * 2
+
+
 def test_diagnostics_by_hand():
     """Two answers, of 2 and 1 tokens. KL and entropy are sums over an answer, then means over answers; -beta * KL is no gain."""
     tensor = lambda rows: torch.tensor(rows, dtype=torch.float64)
@@ -779,3 +788,101 @@ def test_plain_pytest_finds_the_modules():
             "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests/test_gae.py']))")
     found = subprocess.run([sys.executable, "-P", "-c", code], cwd=gpt.HERE, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+# Training that goes wrong says so
+
+HEALTHY = {"update": 9, "objective/kl": 2.0, "objective/entropy": 6.0, "objective/length": 10.0, "val/ratio_first": 1.0, "policy/clipfrac_avg": 0.1,
+           "val/explained_variance": 0.5, "val/num_eos_tokens": 128, "objective/scores_std": 0.8}
+
+
+@pytest.mark.parametrize("name, key, edge, beyond", [
+    ("ratio", "val/ratio_first", 1.009, 1.02), ("ratio", "val/ratio_first", 0.991, 0.98), ("kl below 0", "objective/kl", -0.4, -0.6),
+    ("kl", "objective/kl", 19.0, 21.0), ("entropy fell", "objective/entropy", 1.01, 0.9), ("clip", "policy/clipfrac_avg", 0.3, 0.31),
+    ("value", "val/explained_variance", 0.0, -0.01), ("length", "val/num_eos_tokens", 1, 0), ("scores", "objective/scores_std", 0.051, 0.04)])
+def test_each_warning_has_its_own_bound(name, key, edge, beyond):
+    cfg = ppo.Config()
+    assert ppo.warnings(HEALTHY, 0.5, cfg) == {} == ppo.warnings(HEALTHY | {key: edge}, 0.5, cfg)
+    found = ppo.warnings(HEALTHY | {key: beyond}, 0.5, cfg)
+    assert set(found) == {name} and "\n" not in found[name]
+
+
+def test_bounds_that_depend_on_the_settings():
+    assert ppo.warnings(HEALTHY | {"objective/kl": 30.0}, 0.5, ppo.Config(target_kl=10.0)) == {}
+    assert set(ppo.warnings(HEALTHY | {"objective/kl": 50.0}, 0.5, ppo.Config(target_kl=10.0))) == {"kl"}
+    assert ppo.warnings(HEALTHY | {"val/explained_variance": -1.0, "update": 4}, 0.5, ppo.Config()) == {}      # the critic has just begun
+    assert ppo.warnings(HEALTHY | {"val/explained_variance": -1.0}, 0.5, ppo.Config(warmup=10)) == {}
+    offline = ppo.Config(offline=True)             # samples of the reference: both are as they must be
+    assert ppo.warnings(HEALTHY | {"val/ratio_first": 0.5, "objective/kl": -3.0}, 0.5, offline) == {}
+
+
+def test_published_runs_warn_only_where_the_reward_was_hacked():
+    """The logs in results/: healthy runs are silent, the one without a KL penalty is not."""
+    found = {}
+    for path in sorted((sft.Path(__file__).parent.parent / "results").glob("ppo-*seed*.jsonl")):
+        log = [json.loads(line) for line in path.read_text().splitlines()]
+        first = log[0]["objective/entropy"] / log[0]["objective/length"]
+        found[path.stem] = {name for row in log for name in ppo.warnings(row, first, ppo.Config())}
+    assert found.pop("ppo-beta-0-seed0") >= {"kl", "entropy fell"} and len(found) >= 6 and not any(found.values()), found
+
+
+def shout(capsys):
+    return [line.split("warning, update ")[1] for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "warning, update " in line]
+
+
+def only(capsys, words):
+    lines = [x for x in shout(capsys) if words in x]
+    assert len(lines) == 1, "said, and said once"
+    return lines[0]
+
+
+def test_a_healthy_run_is_silent(train, capsys):
+    train(updates=5, lr=1e-4)
+    assert shout(capsys) == []
+
+
+def test_a_ratio_that_is_not_1_is_said(train, monkeypatch, capsys):
+    """Dropout in the forward pass of the update, none in that of the rollout."""
+    true = gpt.token_logprobs
+    monkeypatch.setattr(gpt, "token_logprobs", lambda model, ids, t=1.0: true(model, ids, t) + (0.2 if torch.is_grad_enabled() else 0.0))
+    train(updates=2)
+    assert "the ratio is 1.221 before the first step" in only(capsys, "ratio is")
+
+
+def test_a_kl_below_0_is_said(train, monkeypatch, capsys):
+    """Answers of another model than the one that is trained: here of the frozen one, without --offline."""
+    true = ppo.roll_out
+
+    def of_another(sampler, policy, reference, *rest, **how):
+        b = true(reference, policy, reference, *rest, **how)
+        return b | {"old_logprobs": b["logprobs"]}
+    monkeypatch.setattr(ppo, "roll_out", of_another)
+    train(updates=6, lr=1e-2)
+    assert "cannot be below 0" in only(capsys, "KL to the reference is -")
+
+
+def test_a_policy_that_runs_away_is_said(train, capsys):
+    """Everything at once: KL explodes, the entropy is gone, most ratios are clipped, the values are worse than none."""
+    train(updates=8, lr=0.3, beta=0.0)
+    lines = shout(capsys)
+    for words in ("KL to the reference has grown", "entropy fell", "of the ratios are clipped", "explained variance"):
+        assert sum(words in x for x in lines) == 1, words
+
+
+def test_answers_that_never_end_are_said(train, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "generate", lambda model, prompts, n, **how: [[5] * n for _ in prompts])
+    train(updates=1)
+    assert "no answer came to its end within 8 tokens" in only(capsys, "came to its end")
+
+
+def test_a_reward_model_that_says_nothing_is_said(train, checkpoints, monkeypatch, capsys):
+    true = reward.load_reward
+
+    def flat(*args):
+        model, enc = true(*args)
+        torch.nn.init.zeros_(model.head.weight)
+        return model, enc
+    monkeypatch.setattr(reward, "load_reward", flat)
+    monkeypatch.setattr(ppo.Config, "missing_end", 0.0)
+    train(updates=1, missing_end=-0.43)
+    assert "same score" in only(capsys, "score")
