@@ -80,11 +80,17 @@ def answer_logprobs(model, enc, chats, answers, batch=256):
     return torch.cat(total)
 
 
+def is_policy(path):
+    """Neither a reward model nor somebody else's file."""
+    state = gpt.load_checkpoint(path)
+    return isinstance(state, dict) and isinstance(state.get("model"), dict) and "head.weight" not in state["model"]
+
+
 def policies(out):
     """[(stage, path)] of what is there: base, sft, then every other checkpoint that is no reward model, by name."""
     known = [("base", out / "gpt.pt"), ("sft", out / "sft.pt")]
     others = [(p.stem, p) for p in sorted(out.glob("*.pt")) if p.stem not in ("gpt", "sft")]
-    return [x for x in known if x[1].exists()] + [x for x in others if "head.weight" not in gpt.load_checkpoint(x[1]).get("model", ["head.weight"])]
+    return [x for x in known if x[1].exists()] + [x for x in others if is_policy(x[1])]
 
 
 def asked_in_training(folder):

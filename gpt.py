@@ -398,7 +398,7 @@ def get_tokenizer(name=None):
                 raise ValueError("a token is there twice")
             # tiktoken drops what the pattern does not match, without a word, and dies of a pattern that matches nothing.
             found = [m[0] for m in regex.finditer(raw["pattern"], PROBE)]
-            if "".join(found) != PROBE or regex.match(raw["pattern"], ""):
+            if "".join(found) != PROBE or not all(found) or regex.match(raw["pattern"], ""):
                 raise ValueError("its pattern must match every character, and never the empty text")
             special = {token: len(ranks) + i for i, token in enumerate(raw["special"])}
             return tiktoken.Encoding(raw["name"], pat_str=raw["pattern"], mergeable_ranks=ranks, special_tokens=special)
@@ -605,18 +605,19 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
         name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
         sources[name] = (documents, val[::-1], sum(map(len, documents)))
     weights, written = {}, path / "mixture.json"
+    origin = f"--mixture {brief(repr(mixture))}" if mixture else f"{written}"
     try:
         if mixture:
             weights = {k.strip(): float(v) for k, v in (part.split("=") for part in mixture.split(","))}
         elif path.is_dir() and written.exists():
             weights = {k: float(v) for k, v in json.loads(read_text(written)).items()}
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
-        raise UserError(f"--mixture {mixture!r}: write it as name=weight,name=weight" if mixture else
-                        f"{written}: expected a JSON object such as {{\"books\": 2, \"web\": 1}}") from None
+        raise UserError(f"{origin}: " + ("write it as name=weight,name=weight" if mixture else
+                        'expected a JSON object such as {"books": 2, "web": 1}')) from None
     if weights and not (min(weights.values()) >= 0 < sum(weights.values()) < math.inf):
-        raise UserError(f"mixture {mixture or written}: weights must be 0 or more, and not all 0")
+        raise UserError(f"{origin}: weights must be 0 or more, and not all 0")
     if set(weights) - set(sources):
-        raise UserError(f"mixture {mixture or written} names {brief(sorted(set(weights) - set(sources)))}, "
+        raise UserError(f"{origin} names {brief(sorted(set(weights) - set(sources)))}, "
                         f"but the sources are {brief(sorted(sources))}")
     return {k: (v[0], v[1], weights.get(k, 0.0) if weights else v[2]) for k, v in sources.items()}
 
@@ -649,6 +650,8 @@ def corpus_of(path, enc, block_size, other=""):
     kinds = dict(data=str, val_fraction=float, mixture=str)
     if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
         raise UserError(f"{path}: does not say which text it was pretrained on; make it with: python gpt.py --out {Path(path).parent}")
+    if not os.path.exists(state["data"]):
+        raise UserError(f"{path}: the text it was pretrained on is gone: {brief(state['data'])}; bring it back, or pretrain anew")
     return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
 
 

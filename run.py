@@ -78,8 +78,8 @@ def save_checkpoint(path, older=None, **state):
 def load_checkpoint(path):
     """Read a checkpoint: tensors and plain data only, so that no file can run code. Raises UserError."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()   # torch.load does not compare checksums: a flipped bit would become a weight
-        if damaged:
+        # torch.load does not compare checksums: a flipped bit would become a weight. (Files of before 2020 have none.)
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -101,11 +101,12 @@ def open_database(path):
         # Large sorts go to a temporary file, not to memory; what the schema computes may call nothing but plain functions.
         for setting in ("temp_store = FILE", "trusted_schema = OFF", "query_only = ON"):
             db.execute("PRAGMA " + setting)
+        # No views, no virtual tables: what is behind them is somebody's program. A name may be bytes, in a file made for mischief.
         tables = {name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage > 0")
-                  if not name.startswith("sqlite_")}   # no views, no virtual tables: what is behind them is somebody's program
-    except sqlite3.Error as e:
+                  if isinstance(name, str) and not name.startswith("sqlite_")}
+    except (sqlite3.Error, UnicodeDecodeError) as e:   # the second: a damaged schema is quoted in SQLite's own error text
         db.close()
-        raise UserError(f"{path}: not a readable SQLite database ({e})") from None
+        raise UserError(f"{path}: not a readable SQLite database ({clean(str(e), 80)})") from None
 
     def allow(action, table, name, schema, source):   # source: the view that asks
         ok = (action == sqlite3.SQLITE_SELECT

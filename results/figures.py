@@ -83,7 +83,7 @@ def table_e(names):
         runs = load(f"self_reward-{name}")
         stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows if "stage" in r))
         for stage in stages:
-            if stage == "M1" and name not in ("main", "halo"):   # the same model as main's
+            if name not in ("main", "halo") and stage != stages[-1]:   # of a control its end; the rest is in its file
                 continue
             rs = [r for rows in runs.values() for r in rows if r.get("stage") == stage]
 
@@ -94,10 +94,10 @@ def table_e(names):
                 found = [r[key] for r in rs if r.get(key)]
                 return "/".join(f"{100 * statistics.mean(x):.0f}" for x in zip(*found)) if found else "-"
             lines.append([name, f"{stage} ({len(rs)})" if len(rs) != 3 else stage, cell("gold"), wtl("vs_m1"), wtl("vs_last"), cell("judge_accuracy"), cell("likelihood_accuracy"),
-                          cell("spearman"), cell("self_score"), cell("agree"), cell("contradict"), cell("made_up", "{:.0f}%", 100), cell("rude", "{:.1f}%", 100),
+                          cell("self_score"), cell("agree"), cell("made_up", "{:.0f}%", 100), cell("rude", "{:.1f}%", 100),
                           cell("length", "{:.0f}"), cell("thanks", "{:.0f}%", 100)])
-    heads = ["run", "model", "gold", "win/tie/lose M1", "the last", "judge right, own answers", "log p right", "Spearman", "own score", "pairs agree", "contradict", "made up", "rude",
-             "length", "thanks"]
+    heads = ["run", "model", "gold", "win/tie/lose M1", "the last", "judge right, own answers", "log p right", "own score", "pairs agree", "made up", "rude", "length",
+             "thanks"]
     keep = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines)]
     return table([heads[i] for i in keep], [[line[i] for i in keep] for line in lines])
 

@@ -9,6 +9,7 @@ import torch
 import eval as results
 import gpt
 import reward
+import sft
 from data.village import new_task
 from gpt import UserError
 
@@ -51,6 +52,12 @@ def test_rows_and_their_order(run):
     assert by["best-of-2"]["reward"] >= by["sft"]["reward"] - 1
     assert len(results.table(rows).splitlines()) == 1 + len(rows)
     json.dumps(rows)
+
+
+def test_nobody_wins_where_all_answers_are_alike(run, monkeypatch):
+    monkeypatch.setattr(sft, "gold_hook", lambda spec, records: lambda task, answer: dict(helpful=1.0, honest=0.0, harmless=0.0))
+    rows = results.evaluate(results.Config(out=str(run), best_of=0, max_new_tokens=2))
+    assert [(r["win_rate_vs_sft"], r["win_rate_ci"]) for r in rows] == [(0.5, 0.0)] * len(rows)
 
 
 def test_answer_logprobs_sum_over_the_answer_and_its_end(run):

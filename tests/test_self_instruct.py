@@ -371,6 +371,16 @@ def test_instances_are_asked_label_first_or_input_first(monkeypatch):
             assert ("Class label:" in rest) == label_first
 
 
+@pytest.mark.parametrize("label_first", [False, True])
+def test_the_last_instance_of_a_text_without_an_end_was_cut_off(monkeypatch, label_first):
+    text = " sad.\nInput: Tom is sad.\nClass label: happy.\nInput: Ann" if label_first else "Input: Tom is sad.\nOutput: sad.\nInput: Ann\nOutput: happy."
+    whole = [("Tom is sad.", "sad."), ("Ann", "happy.")]
+    for said, ended, want in ((text, True, whole), (text, False, whole[:1]), (text + "\n\nTask: x", False, whole)):
+        monkeypatch.setattr(si, "ask", Says(lambda p, n: (said, ended)))
+        assert si.instances(paper(), ENC, ["Which mood is it?"], label_first, seeds_of(78), 0, random.Random(1)) == [want]
+
+
+
 # Seeds and records
 
 GOOD = {"instruction": "Name two more animals.", "instances": [{"input": "", "output": "cat and dog."}], "is_classification": False}
