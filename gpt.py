@@ -33,7 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # What stands around a training loop has a file of its own; later stages know it by this one's name.
-from run import Run, UserError, fair, join, load_checkpoint, log_metrics, once, run_folder, save_checkpoint, set_seed, share, take_step
+from run import (Run, UserError, fair, join, load_checkpoint, log_metrics, once, run_folder, save_checkpoint, set_seed, share,
+                 take_step)
 
 HERE = Path(__file__).parent
 
@@ -556,7 +557,8 @@ def run(main, cls, doc, shared=False):
     except OSError as e:   # no place on the disk, no permission, a file where a folder should be
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; what was finished is in its folder" + ", and --resume goes on" * hasattr(cls, "resume"), file=sys.stderr) or 130)
+        goes_on = ", and --resume goes on" * hasattr(cls, "resume")
+        sys.exit(print(f"\nstopped; what was finished is in its folder{goes_on}", file=sys.stderr) or 130)
 
 
 def brief(text, most=160):
@@ -748,7 +750,8 @@ def main(cfg):
         ids, segments = pack(texts, T)                                                            # (B, T) each
         with autocast(device):
             loss = fair(lm_loss(model, ids.to(device), segments.to(device)), sum(map(len, texts)) - len(texts))
-        norm = run.take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr, cfg.schedule), f"texts from {enc.decode(texts[0][:12].tolist())!r} on")
+        lr, what = lr_at(step, cfg.steps, cfg.lr, cfg.schedule), f"texts from {enc.decode(texts[0][:12].tolist())!r} on"
+        norm = run.take_step(loss, optimizer, model, lr, what)
         row = dict(step=step, loss=loss.item(), grad_norm=norm)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, enc, device)

@@ -187,7 +187,8 @@ def roll_out(sampler, policy, reference, reward_model, value_model, prompts, end
     (B, T-1); scores, lengths and ended (B,); answers, a list of id lists."""
     device = policy.wte.weight.device
     # Several processes sample a part each, by seeds of their own; after that all of them know all the answers.
-    answers = gathered(gpt.generate(sampler, share(prompts), cfg.max_new_tokens, stop=end, seed=seed + rank()), cfg.max_new_tokens, device)
+    mine = gpt.generate(sampler, share(prompts), cfg.max_new_tokens, stop=end, seed=seed + rank())
+    answers = gathered(mine, cfg.max_new_tokens, device)
     # Right padding, no masks: nothing to the right of a real token can reach it.
     ids = gpt.pad([torch.tensor(p + a) for p, a in zip(prompts, answers)]).to(device)            # (B, T)
     starts = torch.tensor([len(p) for p in prompts], device=device)
@@ -240,23 +241,36 @@ def diagnostics(b, returns, stats, beta, lr, update):
 
 
 def warnings(row, first_entropy, cfg):
-    """What is wrong with an update, by its row of the log: {name: one line with the likely cause}. first_entropy: nats per token of update 0."""
-    kl, per_token, learned = row["objective/kl"], row["objective/entropy"] / max(1, row["objective/length"]), row["update"] >= max(5, cfg.warmup)
-    tests = {
-        "ratio": (not cfg.offline and abs(row["val/ratio_first"] - 1) > 0.01, f"the ratio is {row['val/ratio_first']:.3f} before the first step, "
-                  f"and should be 1: dropout, another temperature, or log-probabilities shifted against the mask"),
-        "kl below 0": (not cfg.offline and kl < -0.5, f"KL to the reference is {kl:.1f}, and cannot be below 0: the answers are not samples of the "
-                       f"policy at temperature 1, or the mask is off"),
-        "kl": (kl > max(20, 4 * cfg.target_kl), f"KL to the reference has grown to {kl:.0f} nats: raise --beta, or lower --lr; the reward no longer means much"),
-        "entropy fell": (per_token < 0.2 * first_entropy, f"entropy fell to {per_token:.3f} nats per token, from {first_entropy:.3f}: the policy says one thing "
-                    f"only; raise --beta, or lower --lr"),
-        "clip": (row["policy/clipfrac_avg"] > 0.3, f"{row['policy/clipfrac_avg']:.0%} of the ratios are clipped: lower --lr, or fewer --epochs"),
-        "value": (learned and row["val/explained_variance"] < 0, f"explained variance is {row['val/explained_variance']:.2f}: the values are worse than a "
-                  f"constant; try a longer --warmup, a lower --lr, or a larger --value-clip"),
-        "length": (row["val/num_eos_tokens"] == 0, f"no answer came to its end within {cfg.max_new_tokens} tokens: raise --max-new-tokens, or train sft.py longer"),
-        "scores": (row["objective/scores_std"] < 0.05, f"all answers have the same score (deviation {row['objective/scores_std']:.3f}): the reward model does "
-                   f"not tell them apart, or the policy says one thing only")}
-    return {name: line for name, (wrong, line) in tests.items() if wrong}
+    """All that is wrong with an update, by its row of the log -> {name: one line with the likely cause}.
+
+    first_entropy: that of update 0, in nats per token.
+    """
+    ratio, kl, clipped = row["val/ratio_first"], row["objective/kl"], row["policy/clipfrac_avg"]
+    explained, spread = row["val/explained_variance"], row["objective/scores_std"]
+    entropy, found = row["objective/entropy"] / max(1, row["objective/length"]), {}
+    if abs(ratio - 1) > 0.01 and not cfg.offline:
+        found["ratio"] = (f"the ratio is {ratio:.3f} before the first step, and should be 1: dropout, another temperature, "
+                          f"or log-probabilities shifted against the mask")
+    if kl < -0.5 and not cfg.offline:
+        found["kl below 0"] = (f"KL to the reference is {kl:.1f}, and cannot be below 0: the answers are not samples of the "
+                               f"policy at temperature 1, or the mask is off")
+    if kl > max(20, 4 * cfg.target_kl):
+        found["kl"] = f"KL to the reference has grown to {kl:.0f} nats, where the reward means little: raise --beta, or lower --lr"
+    if entropy < 0.2 * first_entropy:
+        found["entropy fell"] = (f"entropy fell to {entropy:.3f} nats per token, from {first_entropy:.3f}: the policy says one "
+                                 f"thing only; raise --beta, or lower --lr")
+    if clipped > 0.3:
+        found["clip"] = f"{clipped:.0%} of the ratios are clipped: lower --lr, or fewer --epochs"
+    if explained < 0 and row["update"] >= max(5, cfg.warmup):   # before, the critic has only begun
+        found["value"] = (f"explained variance is {explained:.2f}: the values are worse than a constant; try a longer --warmup, "
+                          f"a lower --lr, or a larger --value-clip")
+    if row["val/num_eos_tokens"] == 0:
+        found["length"] = (f"no answer came to its end within {cfg.max_new_tokens} tokens: raise --max-new-tokens, or train "
+                           f"sft.py longer")
+    if spread < 0.05:
+        found["scores"] = (f"all answers have the same score (deviation {spread:.3f}): the reward model does not tell them "
+                           f"apart, or the policy says one thing only")
+    return found
 
 
 def main(cfg):
@@ -298,9 +312,9 @@ def main(cfg):
     text = gpt.corpus_of(out / "gpt.pt", enc, block, cfg.text) if cfg.ptx else None
     odds = gpt.document_odds(text, block) if text else None
     policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
-    rng, order, control = random.Random(cfg.seed), [], {"beta": cfg.beta}
-    run = Run(cfg, cfg.name, policy=policy, value=value_model, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer, rng=rng,
-              order=order, control=control)
+    rng, order, control = random.Random(cfg.seed), [], {"beta": cfg.beta}   # control: what is adapted, and which warnings were given
+    run = Run(cfg, cfg.name, policy=policy, value=value_model, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer,
+              rng=rng, order=order, control=control)
     print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
     for update in run.steps(cfg.updates):
         if len(order) < cfg.rollout:   # a new pass over the prompts
@@ -308,10 +322,11 @@ def main(cfg):
         chosen, order[:] = [prompts[i] for i in order[:cfg.rollout]], order[cfg.rollout:]
         b = roll_out(reference if cfg.offline else policy, policy, reference, reward_model, value_model,
                      [p["ids"] for p in chosen], end, cfg, seed=rng.randrange(2**31))
-        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], control["beta"])                       # (B, T-1)
+        rewards = kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], control["beta"])   # (B, T-1)
         advantages, returns = gae.gae(rewards, b["values"], b["mask"], cfg.gamma, cfg.lam)
         advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
-        lr, stats, what = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), [], f"answers to {[p['prompt'][-1]['content'] for p in chosen[:2]]} and others"
+        lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
+        what = f"answers to {chosen[0]['prompt'][-1]['content'][:60]!r} and others"
         orders = [torch.randperm(len(chosen)).to(device) for _ in range(cfg.epochs)]
         for rows in (rows for o in orders for rows in o.tensor_split(cfg.minibatches)):   # flat: one break leaves all the epochs
             # No autocast here: bf16 would blur the ratio of two nearly equal policies.
@@ -333,7 +348,8 @@ def main(cfg):
         if cfg.target_kl and update > cfg.warmup:   # before, the policy that was sampled had not learned: its KL was 0
             control["beta"] = adapt_beta(control["beta"], row["objective/kl"], cfg.target_kl, len(chosen))
         run.log(**row)
-        for name, line in warnings(row, control.setdefault("entropy", row["objective/entropy"] / row["objective/length"]), cfg).items():
+        first_entropy = control.setdefault("entropy", row["objective/entropy"] / row["objective/length"])
+        for name, line in warnings(row, first_entropy, cfg).items():
             if name not in control:   # each once
                 control[name] = update
                 run.bar.write(f"warning, update {update}: {line}", file=sys.stderr)

@@ -56,7 +56,7 @@ def set_seed(seed):
 
 
 def save_checkpoint(path, older=None, **state):
-    """Write atomically: a crash or a full disk leaves the old file as it was. older: where that one is kept, else it is replaced."""
+    """Write atomically: a crash or a full disk leaves the old file as it was. older: a path that keeps it beside the new one."""
     path = Path(path)
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def barrier():
 
 
 def join(device="auto"):
-    """Under torchrun: meet the other processes; all but the first one are silent. A process that waits 10 minutes for a lost one gives up."""
+    """Under torchrun: meet the other processes, all but the first of which are silent. Who waits 10 minutes for a lost one gives up."""
     if "RANK" in os.environ and not dist.is_initialized():
         cuda = device in ("auto", "cuda") and torch.cuda.is_available()
         if cuda:
@@ -280,7 +280,7 @@ class Run:
             print(f"{self.path} is of a run that was not finished, and is given up now; --resume would have gone on with it")
 
     def newest(self):
-        """The newest state that is whole, or None where there is none; warns of a damaged one. Raises UserError for other settings."""
+        """The newest state that is whole, or None if there is none; a damaged one is said. Raises UserError for other settings."""
         there = [path for path in (self.path, self.older) if path.exists()]
         for path in there:
             try:
@@ -309,7 +309,8 @@ class Run:
 
     def put_back(self, n):
         if self.saved["n"] != n:
-            raise UserError(f"--resume: the data make {n} steps now and made {self.saved['n']} then; bring the same data, or leave --resume out")
+            raise UserError(f"--resume: the data make {n} steps now and made {self.saved['n']} then; bring the same data, or leave "
+                            f"--resume out")
         for name, part in self.parts.items():
             restore(part, self.saved["parts"][name])
         set_random_states(self.saved["random"])
@@ -360,7 +361,8 @@ class Run:
     def take_step(self, loss, optimizer, model, lr, batch):
         """The function above; if it finds no number, the run ends with the step, the batch and the last good checkpoint named."""
         good = f"{self.path}, of step {self.saved_at}" if self.saved_at is not None else "none"
-        return take_step(loss, optimizer, model, lr, where=f"{self.name}, step {self.step}, batch: {batch}; last good checkpoint: {good}")
+        where = f"{self.name}, step {self.step}, batch: {batch}; last good checkpoint: {good}"
+        return take_step(loss, optimizer, model, lr, where=where)
 
     def log(self, **row):
         log_metrics(self.log_path, fresh=not self.resumed and not self.logged, **averaged(row))
@@ -398,7 +400,8 @@ def main():
         call = [sys.executable, "-c", "import sys, run; run.demo(sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'again')"]
         for out, kills in ((whole, [-1]), (killed, [5, 37, 71, -1])):
             for i, kill_at in enumerate(kills):
-                code = subprocess.run([*call, out, str(kill_at), "again" if i else ""], cwd=Path(__file__).parent, capture_output=True).returncode
+                args = [*call, out, str(kill_at), "again" if i else ""]
+                code = subprocess.run(args, cwd=Path(__file__).parent, capture_output=True).returncode
                 print(f"{out.name:7} {'killed at step ' + str(kill_at) if code == -signal.SIGKILL else 'came to its end'}")
         a, b = (torch.load(out / "demo.weights", weights_only=True) for out in (whole, killed))
         print("same weights, bit for bit:", all(torch.equal(a[k], b[k]) for k in a))
