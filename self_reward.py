@@ -328,18 +328,8 @@ def improve(policy, examples, replay, cfg, rng, log):
 
 def train_m1(model, examples, cfg, log):
     """M1 = SFT(M0; IFT + EFT), in place."""
-    device, rng = model.wte.weight.device, random.Random(cfg.seed)
-    plan = [rows for _ in range(cfg.sft_epochs) for rows in sft.batches([len(e[0]) for e in examples], cfg.batch_tokens, rng)]
-    optimizer = gpt.adamw(model, cfg.sft_lr, 0.01)
-    model.train()
-    for step, rows in enumerate(bar := tqdm(plan, desc="M1", mininterval=1)):
-        ids, mask = (t.to(device) for t in sft.collate(examples, rows))                           # (B, T) each
-        with gpt.autocast(device):
-            loss = sft.response_loss(model(ids), ids, mask)
-        log(step=step, loss=loss.item(), grad_norm=gpt.take_step(
-            loss, optimizer, model, gpt.lr_at(step, len(plan), cfg.sft_lr), where=f"step {step} of M1, examples {rows}"))
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
+    for _ in sft.tune(model, examples, cfg.sft_epochs, cfg.batch_tokens, cfg.sft_lr, cfg.seed, "M1", log):
+        pass
 
 
 def likelihood(model, enc, prompts, answers):

@@ -23,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import gpt
 from run import Run, UserError, fair, once, share
@@ -301,6 +302,28 @@ def evaluate(model, examples, device, batch_tokens=8192):
         k = mask[:, 1:].sum().item()
         total, n = total + response_loss(model(ids), ids, mask).item() * k, n + k
     return total / n
+
+
+def tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=lambda **row: None):
+    """main's loop without its trimmings, for the scripts that tune a model among other things. Yields after each epoch: the caller
+    may look. log is called with a row for each step."""
+    rng, device, step = random.Random(seed), model.wte.weight.device, 0
+    plan = [batches([len(e[0]) for e in examples], batch_tokens, rng) for _ in range(epochs)]
+    steps, optimizer = sum(map(len, plan)), gpt.adamw(model, lr, 0.01)
+    with tqdm(total=steps, desc=name, mininterval=1) as bar:
+        for epoch, epoch_batches in enumerate(plan, 1):
+            model.train()
+            for rows in epoch_batches:
+                ids, mask = (t.to(device) for t in collate(examples, rows))   # (B, T) each
+                with gpt.autocast(device):
+                    loss = response_loss(model(ids), ids, mask)
+                where = f"{name}, step {step}, examples {rows}"
+                log(step=step, loss=loss.item(), grad_norm=gpt.take_step(loss, optimizer, model, gpt.lr_at(step, steps, lr), where=where))
+                step += 1
+                bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            model.eval()
+            yield epoch
 
 
 def main(cfg):

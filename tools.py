@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import gpt, sft
 from gpt import UserError
@@ -294,18 +293,13 @@ def later_turns(questions, db, enc, block_size, rng, usual=()):
 def train(name, path, examples, device, cfg):
     """Fine-tune the checkpoint at `path` on (ids, mask) examples, as sft.py does -> model."""
     gpt.set_seed(cfg.seed)
-    model = gpt.load_model(path, device)[0].train()
-    rng, lengths = random.Random(cfg.seed), [len(e[0]) for e in examples]
-    plan = [rows for _ in range(cfg.epochs) for rows in sft.batches(lengths, cfg.batch_tokens, rng)]
-    optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    for step, rows in enumerate(bar := tqdm(plan, desc=name, mininterval=1)):
-        ids, mask = (t.to(device) for t in sft.collate(examples, rows))       # (B, T) each
-        with gpt.autocast(device):
-            loss = sft.response_loss(model(ids), ids, mask)
-        norm = gpt.take_step(loss, optimizer, model, gpt.lr_at(step, len(plan), cfg.lr))
-        gpt.log_metrics(Path(cfg.out) / "tools.jsonl", model=name, step=step, loss=loss.item(), grad_norm=norm)
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
+    model = gpt.load_model(path, device)[0]
+
+    def log(**row):
+        gpt.log_metrics(Path(cfg.out) / "tools.jsonl", model=name, **row)
+    for _ in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, cfg.seed, name, log):
+        pass
+    return model
 
 
 def accuracy(model, enc, questions, db, executor, cfg):

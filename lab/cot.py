@@ -117,23 +117,6 @@ def base_model(cfg, name="gpt.pt"):
     return lambda: gpt.load_model(out / name, gpt.pick_device(cfg.device))[:2]
 
 
-def tune(model, examples, epochs, cfg, seed):
-    """The loop of sft.py without its trimmings; yields after each epoch, so that the caller can look."""
-    rng, device = random.Random(seed), model.wte.weight.device
-    plan = [sft.batches([len(e[0]) for e in examples], cfg.batch_tokens, rng) for _ in range(epochs)]
-    optimizer, steps, step = gpt.adamw(model, cfg.lr, 0.01), sum(map(len, plan)), 0
-    for epoch, batches in enumerate(plan, 1):
-        model.train()
-        for rows in batches:
-            ids, mask = (t.to(device) for t in sft.collate(examples, rows))                       # (B, T) each
-            with gpt.autocast(device):
-                loss = sft.response_loss(model(ids), ids, mask)
-            gpt.take_step(loss, optimizer, model, gpt.lr_at(step, steps, cfg.lr))
-            step += 1
-        model.eval()
-        yield epoch
-
-
 def spread(values, digits=2):
     """'mean (lowest..highest)' of the repetitions."""
     mean = sum(values) / len(values)
@@ -179,7 +162,8 @@ def main(cfg):
             n = dict(none=0, same=n_steps).get(run)
             sums = training_sums(enc, seed, run == "steps", cfg.tokens, n)
             n_steps = n_steps or len(sums)
-            for epoch in tune(model, sft.tokenize(sums + demos, enc, model.config.block_size), cfg.epochs, cfg, seed):
+            examples = sft.tokenize(sums + demos, enc, model.config.block_size)
+            for epoch in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "cot"):
                 print(f"seed {seed}, {RUNS[run]}: {len(sums):,} sums, epoch {epoch} done", flush=True)
             row = dict(run=run, seed=seed, sums=len(sums), tokens=cfg.epochs * size_of(sums + demos, enc))
             row["seen_sums"] = accuracy(model, enc, seen)[0]

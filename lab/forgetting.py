@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt, sft
 from data import village
-from lab.cot import base_model, spread, tune
+from lab.cot import base_model, spread
 from lab.templates import demonstrations, grade, new_tasks
 
 
@@ -102,7 +102,8 @@ def main(cfg):
             model, enc = load()
             look(run, 0)
             chats = demonstrations(enc, [0, 1, 2], cfg.tokens, seed, cfg.task if run == "one" else None)
-            for epoch in tune(model, sft.tokenize(chats, enc, model.config.block_size), cfg.epochs, cfg, seed):
+            examples = sft.tokenize(chats, enc, model.config.block_size)
+            for epoch in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "forgetting"):
                 if epoch in looks(cfg.epochs):
                     look(run, epoch)
     print(f"\n{'tuned on':12}{'epochs':8}{'gold of ' + cfg.task:22}{'gold of the others':22}{'loss on text':22}")

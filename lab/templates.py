@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt, sft
 from data import village
-from lab.cot import base_model, spread, tune
+from lab.cot import base_model, spread
 
 
 @dataclass
@@ -110,7 +110,8 @@ def main(cfg):
             gpt.set_seed(seed)
             model, enc = load()
             chats = demonstrations(enc, phrasings, cfg.tokens, seed)
-            for epoch in tune(model, sft.tokenize(chats, enc, model.config.block_size), cfg.epochs, cfg, seed):
+            examples = sft.tokenize(chats, enc, model.config.block_size)
+            for epoch in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "templates"):
                 print(f"seed {seed}, {run}: {len(chats):,} demonstrations, epoch {epoch} done", flush=True)
             row = dict(run=run, seed=seed, demonstrations=len(chats))
             row |= {f"phrasing_{p}": grade(model, enc, new_tasks(cfg.n, seed, p)) for p in range(4)}

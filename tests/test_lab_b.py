@@ -119,7 +119,7 @@ def test_tune_yields_after_every_epoch_and_learns():
     model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 32, 1, 2, 16)).eval()
     examples = sft.tokenize([{"messages": cot.chat_of(cot.make_sum(random.Random(i), 2), False)} for i in range(20)], ENC, 32)
     losses = [sft.evaluate(model, examples, torch.device("cpu"))]
-    for epoch in cot.tune(model, examples, 3, SimpleNamespace(batch_tokens=128, lr=1e-2), 0):
+    for epoch in sft.tune(model, examples, 3, 128, 1e-2, 0):
         assert epoch == len(losses) and not model.training
         losses.append(sft.evaluate(model, examples, torch.device("cpu")))
     assert len(losses) == 4 and losses[0] > losses[1] > losses[2] > losses[3]
