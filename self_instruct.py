@@ -66,9 +66,11 @@ class Config:
 
 
 # The paper's templates: a prompt is put in one of them at random, so that the model learns the task and not the layout.
-WITH_INPUT = ["{instruction}\nInput: {input}\nOutput:", "{instruction}\n\nInput: {input}\n\nOutput:", "Task: {instruction}\nInput: {input}\nOutput:",
-              "{instruction}\n\n{input}\n\nOutput:", "{instruction}\n\n{input}\n\n", "{instruction}\n{input}\n\n", "Task: {instruction}\n\n{input}\n\n"]
-WITHOUT_INPUT = ["{instruction} Output:", "{instruction}\nOutput:", "{instruction}\n\nOutput:", "{instruction}\n", "{instruction}\n\n", "Task: {instruction}\n\n"]
+WITH_INPUT = ["{instruction}\nInput: {input}\nOutput:", "{instruction}\n\nInput: {input}\n\nOutput:",
+              "Task: {instruction}\nInput: {input}\nOutput:", "{instruction}\n\n{input}\n\nOutput:", "{instruction}\n\n{input}\n\n",
+              "{instruction}\n{input}\n\n", "Task: {instruction}\n\n{input}\n\n"]
+WITHOUT_INPUT = ["{instruction} Output:", "{instruction}\nOutput:", "{instruction}\n\nOutput:", "{instruction}\n", "{instruction}\n\n",
+                 "Task: {instruction}\n\n"]
 
 KEYWORDS = "image images graph graphs picture pictures file files map maps draw plot".split()
 
@@ -140,14 +142,16 @@ def read_instances(text, label_first):
     if label_first:
         parts = [part.split("\nInput:") for part in re.split(r"^Class label:", text, flags=re.M)]
         return [(p[1].strip(), p[0].strip()) for p in parts if len(p) == 2]
-    return [(x.strip(), y.strip()) for x, y in re.findall(r"(?:^Input:((?:(?!^Input:).)*?)\n)?^Output:(.*?)(?=^Input:|^Output:|\Z)", text, flags=re.M | re.S)]
+    pattern = r"(?:^Input:((?:(?!^Input:).)*?)\n)?^Output:(.*?)(?=^Input:|^Output:|\Z)"   # either may have several lines
+    return [(x.strip(), y.strip()) for x, y in re.findall(pattern, text, flags=re.M | re.S)]
 
 
 def keep_instances(instances):
     """The paper's filters over the instances of one task: -> (kept, the reasons of what was dropped)."""
     reasons, kept = [], []
     for x, y in dict.fromkeys(instances):
-        reason = ("empty output" if not y else "input is output" if x == y else "ends with a colon" if x.endswith(":") or y.endswith(":") else None)
+        colon = x.endswith(":") or y.endswith(":")
+        reason = "empty output" if not y else "input is output" if x == y else "ends with a colon" if colon else None
         reasons.append(reason) if reason else kept.append((x, y))
     inputs = Counter(x for x, _ in kept if x)
     if any(n > 1 for n in inputs.values()):   # one input, two outputs: one of them is wrong, and nobody knows which
@@ -172,7 +176,8 @@ def least_likely(model, enc, instructions, batch=64):
     """For each instruction the probability of its least likely token, as the first of a list: a list of floats."""
     header, found = enc.encode_ordinary("Come up with a series of tasks:\n1."), []
     for start in range(0, len(instructions), batch):
-        rows = [torch.tensor((header + enc.encode_ordinary(f" {x}\n"))[:model.config.block_size]) for x in instructions[start:start + batch]]
+        texts = [header + enc.encode_ordinary(f" {x}\n") for x in instructions[start:start + batch]]
+        rows = [torch.tensor(ids[:model.config.block_size]) for ids in texts]
         logprobs = gpt.token_logprobs(model, gpt.pad(rows).to(model.wte.weight.device))           # (B, T-1)
         found += [p[len(header) - 1:len(r) - 1].min().exp().item() for p, r in zip(logprobs, rows)]
     return found
@@ -185,7 +190,8 @@ def grow(model, enc, seeds, cfg, rng):
         machine = [min(2, len(kept))] * cfg.requests   # the very first lists show people's tasks only
         prompts = [list_prompt(rng.sample(rng.sample(kept, m) + rng.sample(seeds, 8 - m), 8)) for m in machine]
         before, tried = len(kept), 0
-        for text, ended in ask(model, enc, prompts, model.config.block_size, temperature=cfg.temperature, top_p=cfg.top_p, seed=rng.randrange(2**31)):
+        sampling = dict(temperature=cfg.temperature, top_p=cfg.top_p, seed=rng.randrange(2**31))
+        for text, ended in ask(model, enc, prompts, model.config.block_size, **sampling):
             candidates = read_list(text)
             if not ended:   # out of room: nobody knows what was cut off, so the whole list goes, as in the paper
                 fate["list without end"] += len(candidates)
@@ -202,7 +208,7 @@ def grow(model, enc, seeds, cfg, rng):
 
 
 def identify(model, enc, instructions, seeds, rng):
-    """Step 2: is it classification? Few-shot, by turns of either kind, as many as the context holds (the paper: 12 and 19). -> list of bool."""
+    """Step 2: is it classification? Few-shot, either kind by turns, as many as the context holds (the paper: 12 and 19). -> [bool]."""
     def block(instruction, answer=""):
         return f"Task: {instruction}\nIs it classification?{answer}"
     kinds = [rng.sample(k, len(k)) for k in ([t for t in seeds if t["is_classification"] == c] for c in (True, False))]
@@ -228,16 +234,17 @@ def instances(model, enc, instructions, label_first, seeds, shots, rng):
             head += f"Class label: {i['output']}\n{x}" if label_first else f"{x}Output: {i['output']}\n"
         head += "\n"
     first = "Class label:" if label_first else ""
-    room = min(96, model.config.block_size - 1 - max((len(enc.encode_ordinary(f"{head}Task: {x}\n{first}")) for x in instructions), default=0))
-    texts = ask(model, enc, [f"{head}Task: {x}\n{first}" for x in instructions], max(1, room), temperature=0)
+    prompts = [f"{head}Task: {x}\n{first}" for x in instructions]
+    room = min(96, model.config.block_size - 1 - max((len(enc.encode_ordinary(p)) for p in prompts), default=0))
+    texts = ask(model, enc, prompts, max(1, room), temperature=0)
     # Without an end, and without a next task, the last instance was cut off.
     return [read_instances(first + text, label_first)[:None if ended or "\nTask:" in text else -1] for text, ended in texts]
 
 
 def first_words(instruction):
     """A verb and its object, near enough for a village: the first word, and the next that is neither article nor pronoun."""
-    w = words(instruction) or ("",)
-    return w[0], next((x for x in w[1:] if x not in {"a", "an", "the", "me", "my", "it", "i", "is", "of", "to", "with", "for", "in", "from"}), "")
+    w, small = words(instruction) or ("",), "a an the me my it i is of to with for in from".split()
+    return w[0], next((x for x in w[1:] if x not in small), "")
 
 
 def prompt_of(record, rng):
@@ -290,7 +297,8 @@ def long_base(out, seed, device, resume=False):
     if not path.exists():
         print(f"{path} is missing: OUT/gpt.pt reads on, pages of tasks, with a longer context")
         pages = tasks.ensure(out / "data", seed) / "pages"
-        gpt.main(gpt.Config(init=str(out / "gpt.pt"), data=str(pages), out=str(path.parent), block_size=320, steps=6000, seed=seed, device=device, resume=resume))
+        gpt.main(gpt.Config(init=str(out / "gpt.pt"), data=str(pages), out=str(path.parent), block_size=320, steps=6000, seed=seed,
+                            device=device, resume=resume))
     return path
 
 
@@ -302,7 +310,8 @@ def read_seeds(path):
         if not isinstance(r.get("instruction"), str) or not isinstance(given, list) or not all(
                 isinstance(i, dict) and isinstance(i.get("output"), str) and isinstance(i.get("input", ""), str) for i in given) or (
                 r.get("is_classification", False) not in (True, False, "true", "True", "false", "False")):
-            raise UserError(f'{where}: expected {{"instruction": text, "instances": [{{"input", "output"}}], "is_classification": true or false}}')
+            raise UserError(f'{where}: expected {{"instruction": text, "instances": [{{"input", "output"}}], '
+                            f'"is_classification": true or false}}')
         found.append({"instruction": r["instruction"], "is_classification": r.get("is_classification") in (True, "true", "True"),
                       "instances": [{"input": i.get("input") or "", "output": i["output"]} for i in given]})
     if len(found) < 8:
@@ -331,8 +340,9 @@ def statistics(tasks, seeds, read):
     verbs = Counter(v for v, _ in pairs.elements()).most_common(20)
     top = sum(n for v, _ in verbs for n in sorted((n for (w, _), n in pairs.items() if w == v), reverse=True)[:4])
     given = {s["instruction"] for s in seeds}
-    return dict(new_share=sum(x not in read and x not in given for x in new) / len(new), verb_noun_pairs=len(pairs), verb_noun_top=top / len(new),
-                rouge_to_seed=sum(nearest) / len(nearest), histogram=[sum(i <= 10 * r < i + 1 or i == 9 and r == 1 for r in nearest) for i in range(10)],
+    histogram = [sum(i <= 10 * r < i + 1 or i == 9 and r == 1 for r in nearest) for i in range(10)]
+    return dict(new_share=sum(x not in read and x not in given for x in new) / len(new), verb_noun_pairs=len(pairs),
+                verb_noun_top=top / len(new), rouge_to_seed=sum(nearest) / len(nearest), histogram=histogram,
                 words=sum(len(x.split()) for x in new) / len(new))
 
 
@@ -341,9 +351,10 @@ def audit(tasks, gold):
     found = [gold.audit(t["instruction"], t["instances"][0]["input"], t["instances"][0]["output"]) for t in tasks if t["instances"]]
     n, read = max(1, len(found)), [gold.read_instruction(t["instruction"]) for t in tasks]
     pairs = [t for t in read if t and t["manner"]]
-    kinds = sum((r["op"][1] in gold.CLASSIFICATION) == t["is_classification"] for t, r in zip(tasks, read) if r) / max(1, sum(r is not None for r in read))
-    return dict(tasks=len(tasks), with_instance=n, valid=sum(t is not None for t in read) / len(tasks), fits=sum(f[1] for f in found) / n,
-                right=sum(f[2] for f in found) / n, kind_right=kinds, unseen_pairs=sum(not gold.seen(t["op"], t["manner"]) for t in pairs) / len(tasks))
+    kinds = [(r["op"][1] in gold.CLASSIFICATION) == t["is_classification"] for t, r in zip(tasks, read) if r]
+    return dict(tasks=len(tasks), with_instance=n, valid=len(kinds) / len(tasks), fits=sum(f[1] for f in found) / n,
+                right=sum(f[2] for f in found) / n, kind_right=sum(kinds) / max(1, len(kinds)),
+                unseen_pairs=sum(not gold.seen(t["op"], t["manner"]) for t in pairs) / len(tasks))
 
 
 def corrected(records, gold, rng):
@@ -368,10 +379,17 @@ def worth(cfg, base, seeds, made, device, gold, folder):
     model, enc, _ = gpt.load_model(base, device)
     seed_records, own = as_records(seeds), as_records(made)
     own = rng.sample(own, len(own))
-    world = [{"instruction": t["instruction"], "input": t["input"], "output": gold.ideal(t, rng)} for t in (gold.new_task(rng) for _ in own)]
-    arms = {"base, not tuned": None, "seeds only": seed_records, "seeds + a quarter of its own": seed_records + own[:len(own) // 4],
-            "seeds + half of its own": seed_records + own[:len(own) // 2], "seeds + all of its own": seed_records + own,
-            "the same, outputs corrected": seed_records + corrected(own, gold, rng), "seeds + as many of the world's": seed_records + world,
+    world = []
+    for _ in own:
+        t = gold.new_task(rng)
+        world.append({"instruction": t["instruction"], "input": t["input"], "output": gold.ideal(t, rng)})
+    arms = {"base, not tuned": None,
+            "seeds only": seed_records,
+            "seeds + a quarter of its own": seed_records + own[:len(own) // 4],
+            "seeds + half of its own": seed_records + own[:len(own) // 2],
+            "seeds + all of its own": seed_records + own,
+            "the same, outputs corrected": seed_records + corrected(own, gold, rng),
+            "seeds + as many of the world's": seed_records + world,
             "all of these": seed_records + world + own}
     rows, seeds_only = [], None
     for name, records in arms.items():
@@ -391,7 +409,7 @@ def worth(cfg, base, seeds, made, device, gold, folder):
 
 
 def label_shares(model, enc, tasks, seeds, gold, rng):
-    """Why labels come first: of the first outputs to classification tasks, how many are the commonest label of their topic, either way?"""
+    """Why labels come first: of the first outputs to classification tasks, how many are the commonest label of their topic?"""
     row, group = {}, [t["instruction"] for t in tasks if t["is_classification"]]
     for name, label_first in (("input_first", False), ("label_first", True)):
         labels = {}
@@ -471,7 +489,8 @@ def main(cfg):
               + ("   above seeds only {above_seeds:+.3f} ±{above_seeds_ci:.3f}".format(**row) if "above_seeds" in row else ""))
     for t in rng.sample(tasks, min(5, len(tasks))):
         print(f"--- {t['instruction']}\n    " + "\n    ".join(f"{i['input']!r} -> {i['output']!r}" for i in t["instances"]))
-    print(f"---\nsaved {out / 'self_instruct' / 'tasks.jsonl'}, and as chats for sft.py: sft.jsonl; next: python self_reward.py --out {out}")
+    print(f"---\nsaved {out / 'self_instruct' / 'tasks.jsonl'}, and as chats for sft.py: sft.jsonl; "
+          f"next: python self_reward.py --out {out}")
 
 
 if __name__ == "__main__":

@@ -232,7 +232,8 @@ def write_prompts(model, enc, shown, known, n, seed):
     said twice. Its ROUGE-L filter alone is left out: in a world this small it would keep a few hundred. -> list of texts."""
     rng, new, known = random.Random(seed), [], set(known)
     while len(new) < n:
-        lists = [self_instruct.list_prompt(rng.sample(rng.sample(new, min(2, len(new))) + rng.sample(shown, 8 - min(2, len(new))), 8)) for _ in range(64)]
+        own = min(2, len(new))
+        lists = [self_instruct.list_prompt(rng.sample(rng.sample(new, own) + rng.sample(shown, 8 - own), 8)) for _ in range(64)]
         lists = [x for x in lists if len(enc.encode_ordinary(x)) < model.config.block_size - 40]
         before = len(new)
         for text, ended in self_instruct.ask(model, enc, lists, 96, top_p=0.9, seed=rng.randrange(2**31)):
@@ -242,7 +243,8 @@ def write_prompts(model, enc, shown, known, n, seed):
                     new.append(x)
                     known.add(x)
         if len(new) == before:
-            raise UserError(f"the base model wrote {len(new)} of {n} new prompts and knows no more; ask for fewer: --n-prompts, --iterations")
+            raise UserError(f"the base model wrote {len(new)} of {n} new prompts and knows no more; ask for fewer: --n-prompts, "
+                            f"--iterations")
     return new[:n]
 
 
