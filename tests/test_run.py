@@ -1,4 +1,5 @@
 """A run survives a kill, a damaged file, a full disk and a second process, and stops at a NaN. The scripts themselves: test_processes.py."""
+import importlib
 import math
 import os
 import random
@@ -296,3 +297,23 @@ def test_the_demonstration(capsys):
     training.main()
     shown = capsys.readouterr().out
     assert shown.count("killed at step") == 3 and shown.count("True") == 2
+
+
+class Called(Exception):
+    """Raised by the stand-in for the stage before."""
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("stage, before", [("sft", "gpt"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "reward"), ("self_reward", "gpt")])
+def test_resume_goes_down_the_chain(tmp_path, monkeypatch, stage, before, resume):
+    """A kill may have come in any stage: the missing one is told to go on, too, with the same folder, seed and device."""
+    asked = []
+
+    def called(cfg):
+        asked.append(cfg)
+        raise Called
+    stage, before = importlib.import_module(stage), importlib.import_module(before)
+    monkeypatch.setattr(before, "main", called)
+    with pytest.raises(Called):
+        stage.main(stage.Config(out=str(tmp_path / "out"), seed=3, device="cpu", resume=resume))
+    assert (asked[0].resume, asked[0].out, asked[0].seed, asked[0].device) == (resume, str(tmp_path / "out"), 3, "cpu")
