@@ -50,7 +50,7 @@ class Config:
     "folder of this run"
     iterations: int = 3
     "rounds of DPO: 3 end with M4"
-    n_prompts: int = 800
+    n_prompts: int = 1000
     "new prompts per round"
     candidates: int = 4
     "answers to each, at temperature 1: what is never sampled cannot be learned"
