@@ -39,7 +39,7 @@ class Config:
     "seed tasks, one JSON object a line, as the paper's seed_tasks.jsonl; empty: 175 of the village's"
     out: str = "out"
     "folder of the run; results go to OUT/self_instruct"
-    rounds: int = 12
+    rounds: int = 8
     "times the pool is shown and grows"
     requests: int = 64
     "lists asked for in a round"
