@@ -288,7 +288,7 @@ def main(cfg):
         raise UserError(f"--minibatches {cfg.minibatches}: a rollout of {cfg.rollout} answers has not so many parts")
     if cfg.rollout % world():
         raise UserError(f"--rollout {cfg.rollout}: {world()} processes cannot share it evenly")
-    if cfg.name in ("gpt", "sft", "reward"):
+    if cfg.name in ("gpt", "sft", "reward", "dpo"):
         raise UserError(f"--name {cfg.name}: that is another stage's checkpoint; choose another")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "reward.pt").exists():
@@ -313,8 +313,8 @@ def main(cfg):
     odds = gpt.document_odds(text, block) if text else None
     policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
     rng, order, control = random.Random(cfg.seed), [], {"beta": cfg.beta}   # control: what is adapted, and which warnings were given
-    run = Run(cfg, cfg.name, policy=policy, value=value_model, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer,
-              rng=rng, order=order, control=control)
+    run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy, value=value_model,
+              policy_optimizer=policy_optimizer, value_optimizer=value_optimizer, rng=rng, order=order, control=control)
     print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
     for update in run.steps(cfg.updates):
         if len(order) < cfg.rollout:   # a new pass over the prompts
@@ -327,7 +327,7 @@ def main(cfg):
         advantages = gae.whiten(advantages, b["mask"])                                            # after the returns
         lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
         what = f"answers to {chosen[0]['prompt'][-1]['content'][:60]!r} and others"
-        orders = [torch.randperm(len(chosen)).to(device) for _ in range(cfg.epochs)]
+        orders = [torch.tensor(rng.sample(range(len(chosen)), len(chosen)), device=device) for _ in range(cfg.epochs)]
         for rows in (rows for o in orders for rows in o.tensor_split(cfg.minibatches)):   # flat: one break leaves all the epochs
             # No autocast here: bf16 would blur the ratio of two nearly equal policies.
             loss, vf_loss, stat = minibatch_losses(policy, value_model, b, advantages, returns, share(rows), cfg)
@@ -352,7 +352,8 @@ def main(cfg):
         for name, line in warnings(row, first_entropy, cfg).items():
             if name not in control:   # each once
                 control[name] = update
-                run.bar.write(f"warning, update {update}: {line}", file=sys.stderr)
+                if rank() == 0:
+                    run.bar.write(f"warning, update {update}: {line}", file=sys.stderr)
         run.bar.set_postfix({k: f"{row['objective/' + k]:.2f}" for k in ("scores", "gold", "kl") if "objective/" + k in row})
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed, beta=cfg.beta)
     run.finish()

@@ -342,6 +342,7 @@ def main(cfg):
     train, val = (train, load_comparisons(cfg.val)) if cfg.val else sft.split_by_user(train, seed=cfg.seed)
     block = policy.config.block_size
     train, val = tokenize(train, enc, block), tokenize(val, enc, block)
+    gpt.set_seed(cfg.seed)   # again: whether the rankings were made just now must not decide how the head starts
     model = RewardModel(gpt.load_model(out / "sft.pt", device)[0]).to(device)
     rng, B = random.Random(cfg.seed), cfg.batch_prompts
     # Similar lengths share a batch, as in sft.py: half of the time would go into padding otherwise.
@@ -350,7 +351,7 @@ def main(cfg):
     plan = [b for _ in range(cfg.epochs) for b in sft.batches(size, budget, rng)]
     print(f"reward.py: {len(train):,} prompts, {sum(len(e[0]) for e in train):,} answers, {len(plan)} steps, device {device}")
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    run = Run(cfg, "reward", model=model, optimizer=optimizer)
+    run = Run(cfg, "reward", [out / "sft.pt", cfg.data, *filter(None, [cfg.val])], model=model, optimizer=optimizer)
     model.train()
     for step in run.steps(len(plan)):
         rows = share(plan[step])
@@ -375,7 +376,6 @@ def main(cfg):
     normalise(model, policy, enc, [e[2] for e in train], cfg)
     gpt.save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], tokenizer=base["tokenizer"],
                         fingerprint=base["fingerprint"], seed=cfg.seed, loss=cfg.loss)
-    run.finish()
     gold, words = sft.gold_hook(cfg.gold, [e[2] for e in train + val]), word_scores(train)
     for name, examples in (("training users", train[:400]), ("held-out users", val)):
         scores = score_all(model, examples, device)
@@ -387,6 +387,7 @@ def main(cfg):
             row["accuracy_against_gold"] = pair_accuracy(scores, [[-g for g in golds] for golds in extra[1][1]])[0]
         run.log(**row)
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    run.finish()
     e, s = max(zip(val, score_all(model, val, device)), key=lambda x: max(x[1]) - min(x[1]))
     print(f"--- {e[2]['prompt'][-1]['content']!r}")
     for score, rank, answer in sorted(zip(s, e[2]["ranks"], e[2]["responses"]), reverse=True):

@@ -17,7 +17,7 @@ reads the newest file that is whole, and the next step is, bit for bit, the step
 
 A second process in the same folder is refused. With several processes only the first one writes.
 """
-import json, math, os, random, signal, subprocess, sys, tempfile, threading, time, zipfile
+import json, math, os, random, signal, subprocess, sys, tempfile, threading, time, zipfile, zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -200,6 +200,16 @@ def once(make):
     return made
 
 
+def digest(paths):
+    """A checksum of files, and of all that is in folders: what a run reads is a part of what it will do."""
+    crc = 0
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                crc = zlib.crc32(file.name.encode() + file.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
 LOCKS = {}   # folder -> open file; the system lets go of them when the process ends, however it ends
 
 
@@ -260,24 +270,35 @@ class Run:
 
     cfg has out, save_every, resume and the settings, which a resumed run must share. parts: see snapshot; they are put back at the
     first step, so that what a script computes before its loop is computed on a resumed run as on the first. `resumed` says which
-    of the two it is. made: the file that tells that the run is finished, NAME.pt if it is not said.
+    of the two it is. inputs: the files and folders it reads, which must not have changed. made: the file that tells that the run is finished; NAME.pt
+    if it is not said.
     """
 
-    def __init__(self, cfg, name, made=None, **parts):
+    def __init__(self, cfg, name, inputs=(), made=None, **parts):
         folder = run_folder(cfg.out)
         lock(folder)
         self.name, self.parts, self.every, self.step, self.stop = name, parts, cfg.save_every, 0, False
         self.path, self.older, self.log_path = (folder / f"{name}{end}" for end in (".state", ".state.old", ".jsonl"))
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in ("out", "resume", "save_every", "device")}
-        self.start, self.saved_at, self.saved = time.time(), None, self.newest() if cfg.resume else None
+        self.settings |= {"processes": str(world()), "files": digest(inputs)}
+        self.start, self.saved_at, self.damaged = time.time(), None, []
+        self.saved = self.newest() if cfg.resume else None
+        barrier()   # all have looked before the first one writes
         self.resumed = bool(self.saved)
         if cfg.resume and not self.resumed:
             made = made or folder / f"{name}.pt"
             if made.exists():
                 raise UserError(f"nothing to resume: {made} is finished; leave --resume out to train it anew")
             print(f"nothing to resume in {folder}: {name} starts from the beginning")
-        if not cfg.resume and self.path.exists():
-            print(f"{self.path} is of a run that was not finished, and is given up now; --resume would have gone on with it")
+        if not cfg.resume and rank() == 0:
+            if self.path.exists():
+                print(f"{self.path} is of a run that was not finished, and is given up now; --resume would have gone on with it")
+            self.path.unlink(missing_ok=True)
+            self.older.unlink(missing_ok=True)
+        if world() > 1:   # all start as the first one, and draw on differently
+            torch.manual_seed(torch.initial_seed() + rank())
+            for tensor in (t for p in parts.values() if isinstance(p, nn.Module) for t in p.state_dict().values()):
+                dist.broadcast(tensor, 0)
 
     def newest(self):
         """The newest state that is whole, or None if there is none; a damaged one is said. Raises UserError for other settings."""
@@ -288,9 +309,14 @@ class Run:
                 if "settings" not in state:
                     raise UserError(f"{path}: not the state of a run")
             except UserError as e:
-                print(f"warning: {e}; looking for the one before", file=sys.stderr)
+                self.damaged.append(path)
+                if rank() == 0:
+                    print(f"warning: {e}; looking for the one before", file=sys.stderr)
                 continue
             changed = [k for k, v in self.settings.items() if state["settings"].get(k) != v]
+            if changed == ["files"]:
+                raise UserError("--resume: a file that this run reads is not what it was when the run was started; bring it back, or "
+                                "leave --resume out")
             if changed:
                 raise UserError(f"--resume: this run was started with --{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}, "
                                 f"not {self.settings[changed[0]]}; type the same settings, or leave --resume out")
@@ -311,6 +337,8 @@ class Run:
         if self.saved["n"] != n:
             raise UserError(f"--resume: the data make {n} steps now and made {self.saved['n']} then; bring the same data, or leave "
                             f"--resume out")
+        for path in self.damaged if rank() == 0 else ():   # or the next saving would put it in the place of the good one
+            path.unlink()
         for name, part in self.parts.items():
             restore(part, self.saved["parts"][name])
         set_random_states(self.saved["random"])
@@ -329,15 +357,17 @@ class Run:
         if self.stop:
             raise KeyboardInterrupt
         self.stop = True
-        print("\nCtrl-C: this step is finished and all is saved; once more to drop it", file=sys.stderr)
+        print("\nCtrl-C: this step is finished first, and all is saved; once more to drop it", file=sys.stderr)
 
     def steps(self, n):
         """The numbers of the steps that are still to be done, up to n; between two of them the state is saved."""
         if self.resumed:
             self.put_back(n)
-        elif self.every:
-            self.older.unlink(missing_ok=True)
-            self.save(n)
+        else:
+            if not self.logged and rank() == 0:   # an earlier run's
+                self.log_path.unlink(missing_ok=True)
+            if self.every:
+                self.save(n)
         # Several processes would not all stop at the same step: there, Ctrl-C ends them at once.
         patient = world() == 1 and threading.current_thread() is threading.main_thread() \
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -352,8 +382,8 @@ class Run:
                     # Not after the last step: what a script does then is done again by a run that is killed there.
                     if self.step < n and (self.stop or self.every and self.step % self.every == 0):
                         self.save(n)
-                    if self.stop:
-                        raise KeyboardInterrupt
+                        if self.stop:
+                            raise KeyboardInterrupt
         finally:
             if patient:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

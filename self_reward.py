@@ -43,7 +43,7 @@ class Config:
     prompts: str = ""
     "new prompts, as ppo.py reads them; empty: OUT/long/gpt.pt writes them, in few shots of IFT prompts"
     test: str = ""
-    "prompts for the table; empty: the village's prompts_test, or the last 5% of --prompts, which are then not trained on"
+    "prompts for the table; empty: the village's prompts_test, or 5% of --prompts (by user where they have one), which are then not trained on"
     init: str = ""
     "M0; empty: OUT/gpt.pt, trained first if missing"
     out: str = "out"
@@ -342,7 +342,7 @@ def likelihood(model, enc, prompts, answers):
 
 
 def accuracy(scores, golds):
-    """Share of the pairs of different gold that the scores order as gold does; equal scores count half, so does no score."""
+    """Share of the pairs of different gold that the scores order as gold does; equal scores count half, and no score is the lowest one."""
     scores = [[-1.0 if s is None else s for s in row] for row in scores]
     return reward.pair_accuracy(scores, [[-g for g in row] for row in golds])[0]
 
@@ -443,7 +443,8 @@ def first_model(cfg, init, path, examples, log):
     device = gpt.pick_device(cfg.device)
     settings = ("data", "eft", "init", "sft_lr", "sft_epochs", "batch_tokens", "noise", "halo", "seed")
     made_from = {k: str(getattr(cfg, k)) for k in settings}
-    if path.exists() and path.stat().st_mtime > init.stat().st_mtime and gpt.load_checkpoint(path).get("made_from") == made_from:
+    older = [p for p in (init, *([] if cfg.eft else [Path(cfg.out) / "sft.pt"])) if p.exists()]
+    if path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in older) and gpt.load_checkpoint(path).get("made_from") == made_from:
         print(f"{path} is there, made from the same data and settings")
     else:
         model, enc, base = gpt.load_model(init, device)
@@ -458,7 +459,7 @@ def free_rows(model, enc, test, answers, scores, golds, grade, cfg):
     greedy = sft.reply(model, enc, [p["prompt"] for p in test], cfg.max_new_tokens, temperature=0)
     for stage, texts in (("M1 greedy", greedy), (f"M1 best of {cfg.candidates}", best)):
         theirs, row = graded(test, [[a] for a in texts], grade)
-        wins = compared([g * cfg.candidates for g in theirs], golds)   # against each of M1's answers
+        wins = compared([g * cfg.candidates for g in theirs], golds)   # each of M1's answers; of the best, one is itself
         yield dict(stage=stage, vs_m1=wins, length=mean_length(enc, texts)) | row
 
 
@@ -507,7 +508,11 @@ def main(cfg):
     print(f"self_reward.py: {name}; {len(ift):,} IFT chats, {len(eft):,} judged answers, device {gpt.pick_device(cfg.device)}")
     last = folder / f"{'' if name == 'main' else name + '-'}M{cfg.iterations + 1}.pt"
     policy, history = m0.to(gpt.pick_device(cfg.device)), []
-    run = Run(cfg, f"self_reward-{name}", made=last, policy=policy, rng=rng, rows=rows, history=history)
+    ended = folder / f"{name}.ended"   # what tells that a run came to its end before the last round
+    read = [init, *filter(None, [cfg.data, cfg.eft, cfg.prompts, cfg.test]), *out.glob("data/*_train.jsonl")]
+    run = Run(cfg, f"self_reward-{name}", read, ended if ended.exists() else last, policy=policy, rng=rng, rows=rows, history=history)
+    if not run.resumed:
+        ended.unlink(missing_ok=True)
     log = lambda t: lambda **row: run.log(**{"round": t} | row)
     if not run.resumed:
         run.log(config=vars(cfg))
@@ -543,6 +548,7 @@ def main(cfg):
         print(f"round {t}: {len(pairs)} pairs of {len(prompts)} prompts{left_out}")
         if len(pairs) < cfg.batch_pairs:
             print(f"fewer than {cfg.batch_pairs} pairs: the judge sees no difference any more, and the run ends here")
+            ended.touch()
             break
         more = dict(pairs=len(pairs), dropped=dict(dropped))
         if golds:

@@ -528,3 +528,15 @@ def test_a_missing_fine_tuned_model_is_trained_first_with_the_same_seed_and_devi
     with pytest.raises(Stop):
         reward.main(reward.Config(out=str(tmp_path), seed=5, device="cpu"))
     assert "sft.pt is missing" in capsys.readouterr().out
+
+
+def test_rankings_made_just_now_make_the_same_model_as_rankings_that_were_there(train, tmp_path, monkeypatch):
+    """Making them draws random numbers; the head must not be drawn from what is left."""
+    from data import labelers
+    runs = []
+    for n in (0, 7):
+        path = str(ranked_file(tmp_path / "ranked.jsonl"))
+        monkeypatch.setattr(labelers, "ensure", lambda *_, n=n: torch.rand(n) is not None and [path, path])
+        _, out = train(data="", epochs=1)
+        runs.append(gpt.load_checkpoint(out / "reward.pt")["model"])
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])

@@ -156,6 +156,59 @@ def test_what_cannot_be_resumed_is_said(tmp_path, capsys):
     assert "given up now" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_run_begun_anew_keeps_nothing_of_the_one_before(whole, tmp_path, at):
+    """Neither its log, if the new one is killed before it saves a second time, nor its states, which would come back."""
+    small(tmp_path)
+    killed(tmp_path, 14, lr=1e-3)
+    killed(tmp_path, at)
+    assert {p.name for p in tmp_path.iterdir()} == {"small.pt", "small.jsonl", "small.state"}
+    assert same(small(tmp_path, resume=True), whole)
+    killed(tmp_path, 14)
+    killed(tmp_path, 2, save_every=0)
+    assert not list(tmp_path.glob("*.state*"))
+
+
+def test_a_damaged_state_never_takes_the_place_of_a_good_one(whole, tmp_path):
+    killed(tmp_path, 14)
+    damage(tmp_path / "small.state", "half")
+    killed(tmp_path, 12, resume=True)                          # it goes on at 8 and saves at 12
+    damage(tmp_path / "small.state", "gone")                   # as if it was killed between the two renames
+    assert same(small(tmp_path, resume=True), whole)
+
+
+def test_files_that_changed_are_another_run(tmp_path):
+    data, cfg = tmp_path / "data", SimpleNamespace(out=str(tmp_path / "out"), save_every=1, resume=False)
+    data.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (data / name).write_text(name)
+
+    def go(resume):
+        cfg.resume = resume
+        run = Run(cfg, "small", [data], seen=[])
+        for step in run.steps(5):
+            if step == 3 and not resume:
+                break
+        training.unlock(tmp_path / "out")
+    go(False)
+    for change in (lambda: (data / "a.txt").write_text("A.txt"), lambda: (data / "a.txt").rename(data / "c.txt"), lambda: (data / "b.txt").unlink()):
+        change()
+        with pytest.raises(UserError, match="is not what it was"):
+            go(True)
+        training.unlock(tmp_path / "out")
+    for name in ("a.txt", "b.txt"):
+        (data / name).write_text(name)
+    (data / "c.txt").unlink(missing_ok=True)
+    go(True)
+
+
+def test_ctrl_c_in_the_last_step_lets_it_end(tmp_path):
+    run = Run(SimpleNamespace(out=str(tmp_path), save_every=0, resume=False), "small")
+    for step in run.steps(3):
+        run.stop = step == 2
+    run.finish()
+
+
 def test_a_run_that_saves_nothing_leaves_nothing(tmp_path):
     killed(tmp_path, 9, save_every=0)
     assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl"}
