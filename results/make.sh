@@ -30,7 +30,7 @@ for seed in ${1:-0 1 2}; do
   fi
   for file in "$run"/self_reward-*.jsonl; do grep '"stage"' "$file" > "results/$(basename "$file" .jsonl)-seed$seed.jsonl"; done
   python tools.py --seed "$seed" --out "$run"
-  cp "$run/tools.jsonl" "results/tools-seed$seed.jsonl"
+  grep -v '"step"' "$run/tools.jsonl" > "results/tools-seed$seed.jsonl"
 done
 # The short experiments on run 0, each over three seeds of its own.
 for name in cot icl templates forgetting attention rouge; do
