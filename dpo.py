@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt, reward, sft
-from run import Run, UserError, fair, once, share
+from run import Run, UserError, announce, fair, once, share
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Config:
     loss: str = "sigmoid"
     "sigmoid (the paper's) or ipo (a square: it aims at a margin instead of pushing for ever)"
     beta: float = 0.3
-    "how dear it is to leave the reference: 0.1 (the paper's) moves further for the same rankings, and here gains less"
+    "the price of leaving the reference: 0.1 (the paper's) moves further for the same rankings, and here gains less"
     label_smoothing: float = 0.0
     "the share of rankings taken to be the wrong way round (cDPO), below 0.5; sigmoid only"
     nll: float = 0.0
@@ -181,16 +181,17 @@ def main(cfg):
             raise UserError(f"--{flag} {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
     if cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError("--label-smoothing with --loss ipo: only the sigmoid loss has it; leave one out")
-    if cfg.name in ("gpt", "sft", "reward", "ppo"):
+    if cfg.name in ("gpt", "sft", "reward", "ppo") or "/" in cfg.name:
         raise UserError(f"--name {cfg.name}: that is another stage's checkpoint; choose another")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "sft.pt").exists():
-        print(f"{out / 'sft.pt'} is missing: fine-tuning it first")
+        announce(out / "sft.pt", "fine-tuning it", cfg.resume)
         sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
-    if not cfg.data:
+    own = bool(cfg.data)
+    if not own:
         from data import labelers
         cfg.data, val_file = once(lambda: labelers.ensure(out, cfg.seed, cfg.device))
         cfg.val = cfg.val or val_file
@@ -227,8 +228,8 @@ def main(cfg):
         loss = fair(loss, len(batch))
         row = metrics(logprobs, old, loss, chosen, rejected)
         if cfg.nll:
-            row["nll_loss"] = fair(-(logprobs[0] / n_tokens[index[0]].to(device)).mean(), len(batch))
-            loss, row["nll_loss"] = loss + cfg.nll * row["nll_loss"], row["nll_loss"].item()
+            nll = fair(-(logprobs[0] / n_tokens[index[0]].to(device)).mean(), len(batch))
+            loss, row["nll_loss"] = loss + cfg.nll * nll, nll.item()
         norm = run.take_step(loss, optimizer, policy, gpt.lr_at(step, len(plan), cfg.lr), f"prompts {plan[step]}, counted from 0")
         run.log(step=step, **row, grad_norm=norm)
         run.bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
@@ -244,7 +245,7 @@ def main(cfg):
     chats = [r["prompt"] for r in shown[:4]]
     for chat, old, new in zip(chats, *(sft.reply(m, enc, chats, cfg.max_new_tokens, seed=cfg.seed) for m in (reference, policy))):
         print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
-    print(f"---\nsaved {out / cfg.name}.pt; next: python eval.py --out {out}")
+    print(f"---\nsaved {out / cfg.name}.pt" + ("" if own else f"; next: python eval.py --out {out}"))
 
 
 if __name__ == "__main__":

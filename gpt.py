@@ -557,7 +557,7 @@ def run(main, cls, doc, shared=False):
     except OSError as e:   # no place on the disk, no permission, a file where a folder should be
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        goes_on = ", and --resume goes on" * hasattr(cls, "resume")
+        goes_on = ", and --resume goes on" * hasattr(cls, "resume")   # some scripts start again
         sys.exit(print(f"\nstopped; what was finished is in its folder{goes_on}", file=sys.stderr) or 130)
 
 
@@ -675,9 +675,14 @@ def draw_documents(sources, odds, n_tokens, T, rng):
     return texts, drawn
 
 
+def predicted(segments):
+    """(B, T) -> (B, T-1): whether the next token belongs to the same text."""
+    return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+
+
 def lm_loss(model, ids, segments, reduction="mean"):
     """Next-token cross-entropy in nats over packed rows (B, T); no token is predicted from another text."""
-    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)                        # (B, T-1)
+    inside = predicted(segments)                                                                  # (B, T-1)
     states = model.hidden(ids, segments=segments)[:, :-1][inside]                                 # (N, C)
     return F.cross_entropy(F.linear(states, model.wte.weight).float(), ids[:, 1:][inside], reduction=reduction)
 
@@ -699,7 +704,7 @@ def val_loss(model, sources, enc, device, limit=40_000):
                 n += len(document)
         ids, segments = pack(texts, T)
         loss = sum(lm_loss(model, i.to(device), s.to(device), "sum").item() for i, s in zip(ids.split(32), segments.split(32)))
-        inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        inside = predicted(segments)
         total, weights = total + weight * loss / inside.sum().item(), weights + weight
         nats, size = nats + loss, size + n_bytes[ids[:, 1:][inside]].sum().item()
     model.train(was_training)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 import gae, gpt, reward, sft
-from run import Run, UserError, averaged, fair, gathered, rank, share, world
+from run import Run, UserError, announce, averaged, fair, gathered, rank, share, world
 
 
 @dataclass
@@ -257,7 +257,7 @@ def warnings(row, first_entropy, cfg):
     if kl > max(20, 4 * cfg.target_kl):
         found["kl"] = f"KL to the reference has grown to {kl:.0f} nats, where the reward means little: raise --beta, or lower --lr"
     if entropy < 0.2 * first_entropy:
-        found["entropy fell"] = (f"entropy fell to {entropy:.3f} nats per token, from {first_entropy:.3f}: the policy says one "
+        found["entropy"] = (f"entropy fell to {entropy:.3f} nats per token, from {first_entropy:.3f}: the policy says one "
                                  f"thing only; raise --beta, or lower --lr")
     if clipped > 0.3:
         found["clip"] = f"{clipped:.0%} of the ratios are clipped: lower --lr, or fewer --epochs"
@@ -288,11 +288,11 @@ def main(cfg):
         raise UserError(f"--minibatches {cfg.minibatches}: a rollout of {cfg.rollout} answers has not so many parts")
     if cfg.rollout % world():
         raise UserError(f"--rollout {cfg.rollout}: {world()} processes cannot share it evenly")
-    if cfg.name in ("gpt", "sft", "reward", "dpo"):
+    if cfg.name in ("gpt", "sft", "reward", "dpo") or "/" in cfg.name:
         raise UserError(f"--name {cfg.name}: that is another stage's checkpoint; choose another")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "reward.pt").exists():
-        print(f"{out / 'reward.pt'} is missing: training it first")
+        announce(out / "reward.pt", "training it", cfg.resume)
         reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
@@ -312,9 +312,9 @@ def main(cfg):
     text = gpt.corpus_of(out / "gpt.pt", enc, block, cfg.text) if cfg.ptx else None
     odds = gpt.document_odds(text, block) if text else None
     policy_optimizer, value_optimizer = gpt.adamw(policy, cfg.lr), gpt.adamw(value_model, cfg.lr)
-    rng, order, control = random.Random(cfg.seed), [], {"beta": cfg.beta}   # control: what is adapted, and which warnings were given
+    rng, order, control, warned = random.Random(cfg.seed), [], {"beta": cfg.beta}, {}   # warned: warning -> the update that gave it
     run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy, value=value_model,
-              policy_optimizer=policy_optimizer, value_optimizer=value_optimizer, rng=rng, order=order, control=control)
+              policy_optimizer=policy_optimizer, value_optimizer=value_optimizer, rng=rng, order=order, control=control, warned=warned)
     print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout} answers, device {device}")
     for update in run.steps(cfg.updates):
         if len(order) < cfg.rollout:   # a new pass over the prompts
@@ -328,7 +328,7 @@ def main(cfg):
         lr, stats = gpt.lr_at(update, cfg.updates, cfg.lr, "linear"), []
         what = f"answers to {chosen[0]['prompt'][-1]['content'][:60]!r} and others"
         orders = [torch.tensor(rng.sample(range(len(chosen)), len(chosen)), device=device) for _ in range(cfg.epochs)]
-        for rows in (rows for o in orders for rows in o.tensor_split(cfg.minibatches)):   # flat: one break leaves all the epochs
+        for rows in [part for o in orders for part in o.tensor_split(cfg.minibatches)]:   # flat: one break leaves all the epochs
             # No autocast here: bf16 would blur the ratio of two nearly equal policies.
             loss, vf_loss, stat = minibatch_losses(policy, value_model, b, advantages, returns, share(rows), cfg)
             stat = averaged(stat)
@@ -348,10 +348,10 @@ def main(cfg):
         if cfg.target_kl and update > cfg.warmup:   # before, the policy that was sampled had not learned: its KL was 0
             control["beta"] = adapt_beta(control["beta"], row["objective/kl"], cfg.target_kl, len(chosen))
         run.log(**row)
-        first_entropy = control.setdefault("entropy", row["objective/entropy"] / row["objective/length"])
+        first_entropy = control.setdefault("first_entropy", row["objective/entropy"] / row["objective/length"])
         for name, line in warnings(row, first_entropy, cfg).items():
-            if name not in control:   # each once
-                control[name] = update
+            if name not in warned:
+                warned[name] = update
                 if rank() == 0:
                     run.bar.write(f"warning, update {update}: {line}", file=sys.stderr)
         run.bar.set_postfix({k: f"{row['objective/' + k]:.2f}" for k in ("scores", "gold", "kl") if "objective/" + k in row})

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt, sft
-from run import Run, UserError, fair, once, share
+from run import Run, UserError, announce, fair, once, share
 
 
 @dataclass
@@ -330,7 +330,7 @@ def main(cfg):
         raise UserError(f"--loss {cfg.loss}: choose ranking, token-margin or regression")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "sft.pt").exists():
-        print(f"{out / 'sft.pt'} is missing: fine-tuning it first")
+        announce(out / "sft.pt", "fine-tuning it", cfg.resume)
         sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)

@@ -71,7 +71,8 @@ def save_checkpoint(path, older=None, **state):
             os.replace(temporary, path)
         except BaseException as e:
             temporary.unlink(missing_ok=True)
-            raise e.__context__ if isinstance(e.__context__, OSError) else e   # of a full disk torch makes a RuntimeError
+            # torch wraps "disk full" in a RuntimeError: raise the OSError itself.
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
     barrier()   # nobody reads it before it is there
 
 
@@ -145,7 +146,7 @@ def share(rows):
 
 
 def fair(loss, n):
-    """A mean over the n terms of this process -> scaled so that the average over processes is the mean over everybody's terms."""
+    """A mean over this process's n terms -> loss * n * world / sum of all n: the average of these over processes is the mean of all."""
     if world() == 1:
         return loss
     total = torch.as_tensor(n, dtype=torch.float32, device=loss.device).clone()
@@ -210,6 +211,15 @@ def digest(paths):
     return f"{crc:08x}"
 
 
+def announce(path, making, resume):
+    """Say that a stage before this one is run now; or raise UserError where it was stopped on its way, for that would throw it away."""
+    state = path.with_suffix(".state")
+    if state.exists() and not resume:
+        raise UserError(f"{state}: a run was stopped there; go on with --resume (with settings of its own: python {path.stem}.py --resume "
+                        f"and these), or delete that file to start anew")
+    print(f"{path} is missing: {making} first")
+
+
 LOCKS = {}   # folder -> open file; the system lets go of them when the process ends, however it ends
 
 
@@ -270,8 +280,8 @@ class Run:
 
     cfg has out, save_every, resume and the settings, which a resumed run must share. parts: see snapshot; they are put back at the
     first step, so that what a script computes before its loop is computed on a resumed run as on the first. `resumed` says which
-    of the two it is. inputs: the files and folders it reads, which must not have changed. made: the file that tells that the run is finished; NAME.pt
-    if it is not said.
+    of the two it is. inputs: the files and folders it reads, which must not have changed. made: the file that exists once the run is
+    finished, by default NAME.pt.
     """
 
     def __init__(self, cfg, name, inputs=(), made=None, **parts):
@@ -292,7 +302,7 @@ class Run:
             print(f"nothing to resume in {folder}: {name} starts from the beginning")
         if not cfg.resume and rank() == 0:
             if self.path.exists():
-                print(f"{self.path} is of a run that was not finished, and is given up now; --resume would have gone on with it")
+                print(f"{self.path} belongs to an unfinished run, which is discarded now; --resume would have gone on with it")
             self.path.unlink(missing_ok=True)
             self.older.unlink(missing_ok=True)
         if world() > 1:   # all start as the first one, and draw on differently
@@ -318,7 +328,9 @@ class Run:
                 raise UserError("--resume: a file that this run reads is not what it was when the run was started; bring it back, or "
                                 "leave --resume out")
             if changed:
-                raise UserError(f"--resume: this run was started with --{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}, "
+                if changed[0] == "processes":
+                    raise UserError(f"--resume: {self.name} was started by {state['settings']['processes']} processes, not {world()}")
+                raise UserError(f"--resume: {self.name} was started with --{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}, "
                                 f"not {self.settings[changed[0]]}; type the same settings, or leave --resume out")
             return state
         if there:
@@ -357,7 +369,7 @@ class Run:
         if self.stop:
             raise KeyboardInterrupt
         self.stop = True
-        print("\nCtrl-C: this step is finished first, and all is saved; once more to drop it", file=sys.stderr)
+        print("\nCtrl-C: finishing this step and saving; press again to quit without", file=sys.stderr)
 
     def steps(self, n):
         """The numbers of the steps that are still to be done, up to n; between two of them the state is saved."""

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import gpt, sft
-from gpt import UserError
+from run import UserError, announce
 
 
 @dataclass
@@ -293,10 +293,10 @@ def long_base(out, seed, device, resume=False):
     from data import tasks
     out, path = Path(out), Path(out) / "long" / "gpt.pt"
     if not (out / "gpt.pt").exists():
-        print(f"{out / 'gpt.pt'} is missing: pretraining it first")
+        announce(out / "gpt.pt", "pretraining it", resume)
         gpt.main(gpt.Config(out=str(out), seed=seed, device=device, resume=resume))
     if not path.exists():
-        print(f"{path} is missing: OUT/gpt.pt reads on, pages of tasks, with a longer context")
+        announce(path, "OUT/gpt.pt reads on, pages of tasks, with a longer context,", resume)
         pages = tasks.ensure(out / "data", seed) / "pages"
         gpt.main(gpt.Config(init=str(out / "gpt.pt"), data=str(pages), out=str(path.parent), block_size=320, steps=6000, seed=seed,
                             device=device, resume=resume))

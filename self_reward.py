@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import dpo, eval, gpt, ppo, reward, self_instruct, sft
-from run import Run, UserError
+from run import Run, UserError, announce
 
 
 @dataclass
@@ -373,7 +373,7 @@ def measure(model, judging, enc, test, held_out, grade, cfg):
     answers = candidates(model, enc, test, cfg.candidates, cfg.max_new_tokens, cfg.seed)
     scores, parsed = judge(judging, enc, test, answers, cfg, cfg.seed)
     texts, flat = [a for row in answers for a in row], [s for row in scores for s in row if s is not None]
-    row = dict(self_score=sum(flat) / max(1, len(flat)), parsed=parsed, length=mean_length(enc, texts))
+    row = dict(self_score=sum(flat) / len(flat) if flat else None, parsed=parsed, length=mean_length(enc, texts))
     if not grade:
         return row, None, answers, scores
     golds, grades = graded(test, answers, grade)
@@ -423,7 +423,7 @@ def seed_data(cfg, out):
     else:
         from data import annotators, labelers
         if not (out / "sft.pt").exists():
-            print(f"{out / 'sft.pt'} is missing, whose answers people rank: training it first")
+            announce(out / "sft.pt", "training it, whose answers people rank,", cfg.resume)
             sft.main(sft.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
         ranked = reward.load_comparisons(labelers.ensure(out, cfg.seed, cfg.device)[0])
         records = [{**r, "verdicts": [v and write_verdict(*v) for v in r["verdicts"]]}
@@ -485,7 +485,7 @@ def main(cfg):
     out, name = gpt.run_folder(cfg.out), variant(cfg)
     init, folder, rows = Path(cfg.init or out / "gpt.pt"), out / "self_reward", []
     if not init.exists() and not cfg.init:
-        print(f"{init} is missing: pretraining it first")
+        announce(init, "pretraining it", cfg.resume)
         gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     m0, enc, base = gpt.load_model(init)
@@ -520,13 +520,13 @@ def main(cfg):
     frozen = copy.deepcopy(policy)
 
     def look(stage, **more):
-        row, *rest = measure(policy, frozen if cfg.frozen_judge else policy, enc, test, held_out, grade, cfg)
-        history.append(rest)
+        row, golds, answers, scores = measure(policy, frozen if cfg.frozen_judge else policy, enc, test, held_out, grade, cfg)
+        history.append([golds, answers])
         if grade and len(history) > 1:
-            row |= dict(vs_m1=compared(rest[0], history[0][0]), vs_last=compared(rest[0], history[-2][0]))
+            row |= dict(vs_m1=compared(golds, history[0][0]), vs_last=compared(golds, history[-2][0]))
         new = [dict(stage=stage) | row | more]
         if grade and name == "main" and len(history) == 1:
-            new += free_rows(policy, enc, test, rest[1], rest[2], rest[0], grade, cfg)
+            new += free_rows(policy, enc, test, answers, scores, golds, grade, cfg)
         for row in new:
             rows.append(dict(run=name) | row)
             run.log(**rows[-1])
@@ -547,7 +547,9 @@ def main(cfg):
         left_out = "".join(f", {n} {why}" for why, n in sorted(dropped.items()))
         print(f"round {t}: {len(pairs)} pairs of {len(prompts)} prompts{left_out}")
         if len(pairs) < cfg.batch_pairs:
-            print(f"fewer than {cfg.batch_pairs} pairs: the judge sees no difference any more, and the run ends here")
+            silent = all(s is None for row in scores for s in row)
+            print(f"fewer than {cfg.batch_pairs} pairs, and the run ends here: " + (
+                "no verdict ended with a score; bring more EFT data, or raise --sft-epochs" if silent else "the judge sees no difference any more"))
             ended.touch()
             break
         more = dict(pairs=len(pairs), dropped=dict(dropped))

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import gpt
-from run import Run, UserError, fair, once, share
+from run import Run, UserError, announce, fair, once, share
 
 
 @dataclass
@@ -335,7 +335,7 @@ def main(cfg):
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     init = Path(cfg.init or out / "gpt.pt")
     if not init.exists() and not cfg.init:
-        print(f"{init} is missing: pretraining it first")
+        announce(init, "pretraining it", cfg.resume)
         gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device, resume=cfg.resume))
     gpt.set_seed(cfg.seed)
     model, enc, base = gpt.load_model(init, device, cfg.dropout)
@@ -369,9 +369,9 @@ def main(cfg):
             table.append(row)
             run.log(**row)
             run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
-            key = {"val": -row["val_loss"], "last": epoch, "reward": row.get("reward")}[cfg.select]
-            if not best or key > best["key"]:
-                best.update(key=key, epoch=epoch, model={k: v.clone() for k, v in model.state_dict().items()})
+            better = {"val": -row["val_loss"], "last": epoch, "reward": row.get("reward")}[cfg.select]
+            if not best or better > best["better"]:   # larger is better
+                best.update(better=better, epoch=epoch, model={k: v.clone() for k, v in model.state_dict().items()})
     model.load_state_dict(best["model"])
     for row in table:
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v:2d}" for k, v in row.items()))

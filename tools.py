@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 import gpt, sft
-from gpt import UserError
+from run import UserError, announce
 from data.village import WORDS
 
 
@@ -400,7 +400,7 @@ def main(cfg):
     gpt.require(cfg, 0, "lr", most=10)
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "gpt.pt").exists():
-        print(f"{out / 'gpt.pt'} is missing: pretraining it first")
+        announce(out / "gpt.pt", "pretraining it", False)
         gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
     _, enc, base = gpt.load_model(out / "gpt.pt", device)
     data, rng, folder, log = sft.village_data(out, cfg.seed), random.Random(cfg.seed), out / "tools", out / "tools.jsonl"

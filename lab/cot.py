@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt, sft
 from data import village
+from run import announce
 
 
 @dataclass
@@ -112,7 +113,7 @@ def base_model(cfg, name="gpt.pt"):
     """OUT/gpt.pt or OUT/sft.pt, made first when it is missing. -> a function that loads a fresh copy: (model, tokenizer)."""
     out, stage = gpt.run_folder(cfg.out), {"gpt.pt": gpt, "sft.pt": sft}[name]
     if not (out / name).exists():
-        print(f"{out / name} is missing: training it first")
+        announce(out / name, "training it", False)
         stage.main(stage.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
     return lambda: gpt.load_model(out / name, gpt.pick_device(cfg.device))[:2]
 

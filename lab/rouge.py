@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt, reward
 from data import labelers, village
+from run import announce
 
 
 @dataclass
@@ -145,7 +146,7 @@ def main(cfg):
     gpt.require(cfg, 1, "n", "seeds")
     device, out = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out)
     if not (out / "reward.pt").exists():
-        print(f"{out / 'reward.pt'} is missing: training it first")
+        announce(out / "reward.pt", "training it", False)
         reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
     model, enc = reward.load_reward(out / "reward.pt", device)
     records = reward.load_comparisons(labelers.ensure(out, cfg.seed, cfg.device)[1])[:cfg.n]

@@ -96,7 +96,7 @@ def table_e(names):
             lines.append([name, f"{stage} ({len(rs)})" if len(rs) != 3 else stage, cell("gold"), wtl("vs_m1"), wtl("vs_last"), cell("judge_accuracy"), cell("likelihood_accuracy"),
                           cell("self_score"), cell("agree"), cell("made_up", "{:.0f}%", 100), cell("rude", "{:.1f}%", 100),
                           cell("length", "{:.0f}"), cell("thanks", "{:.0f}%", 100)])
-    heads = ["run", "model", "gold", "win/tie/lose M1", "the last", "judge right, own answers", "log p right", "own score", "pairs agree", "made up", "rude", "length",
+    heads = ["run", "model", "gold", "win/tie/lose M1", "win/tie/lose previous", "judge right, own answers", "log p right", "own score", "pairs agree", "made up", "rude", "length",
              "thanks"]
     keep = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines)]
     return table([heads[i] for i in keep], [[line[i] for i in keep] for line in lines])

@@ -1,7 +1,7 @@
 """Training scripts in processes of their own, which are killed, or share the work: python tests/processes.py FOLDER kills|ranks.
 
 Each run is a fork, made after torch is loaded and before it has threads, so that dozens of them cost seconds. A run trains a tiny
-model on tiny files. FOLDER/report.json tells what happened; tests/test_run.py calls this and reads that.
+model on tiny files. FOLDER/report.json tells what happened; tests/test_processes.py calls this and reads that.
 """
 import contextlib
 import hashlib

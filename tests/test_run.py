@@ -153,7 +153,7 @@ def test_what_cannot_be_resumed_is_said(tmp_path, capsys):
             small(tmp_path, resume=True, **settings)
         training.unlock(tmp_path)
     small(tmp_path)
-    assert "given up now" in capsys.readouterr().out
+    assert "discarded now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -350,6 +350,17 @@ def test_the_demonstration(capsys):
     training.main()
     shown = capsys.readouterr().out
     assert shown.count("killed at step") == 3 and shown.count("True") == 2
+
+
+@pytest.mark.parametrize("stage, before", [("sft", "gpt"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "reward"), ("self_reward", "gpt"), ("tools", "gpt")])
+def test_a_stage_does_not_throw_away_a_stopped_run_of_the_one_before(tmp_path, stage, before):
+    """It may be hours of a user's own pretraining, with settings that only they know."""
+    state = tmp_path / f"{before}.state"
+    state.write_bytes(b"hours of work")
+    stage = importlib.import_module(stage)
+    with pytest.raises(UserError, match=f"{before}.state: a run was stopped there; go on with --resume"):
+        stage.main(stage.Config(out=str(tmp_path), device="cpu"))
+    assert state.read_bytes() == b"hours of work" and list(tmp_path.iterdir()) == [state]
 
 
 class Called(Exception):
