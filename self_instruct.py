@@ -15,8 +15,9 @@ Idea (Wang et al., 2212.10560). A pretrained model cannot follow instructions, b
     python self_instruct.py --seeds mine.jsonl --base my.pt  your own tasks and model: {"instruction", "instances": [{"input", "output"}],
                                                              "is_classification"}; no audit, no grades
 
-ROUGE-L alone keeps what is new, and the newest instructions are the garbled ones: hence the last filter. Minutes on two CPU cores.
-Needs OUT/long/gpt.pt, the model of gpt.py that read on at a context of 320 tokens, and makes it when it is missing. Read next: self_reward.py.
+ROUGE-L alone keeps what is new, and the newest instructions are the garbled ones: hence the last filter. Four minutes on one CPU core.
+Needs OUT/long/gpt.pt, the model of gpt.py that read on at a context of 320 tokens, and makes it when it is missing (three minutes).
+Read next: self_reward.py.
 """
 import importlib, json, random, re
 from collections import Counter

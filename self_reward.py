@@ -20,7 +20,8 @@ The verdict is additive, and comes before the score: what the model has written 
     python self_reward.py --data chats.jsonl --eft judged.jsonl --prompts prompts.jsonl --out out/mine      files of your own
 
 Each variant writes OUT/self_reward-NAME.jsonl and its checkpoints to OUT/self_reward/; the table shows all that are there.
-Six minutes on two CPU cores. Needs OUT/gpt.pt and the rankings of reward.py, made first when they are missing. Read dpo.py first.
+Five minutes on two CPU cores, and three more where OUT/long/gpt.pt is missing. Needs OUT/gpt.pt and the rankings of reward.py, made first
+when they are missing, too. Read dpo.py first.
 """
 import copy, math, random, re
 from collections import Counter
@@ -438,7 +439,7 @@ def seed_data(cfg, out):
     return chats, [r for r in records if asked(r["prompt"]) not in held_out], [r for r in records if asked(r["prompt"]) in held_out]
 
 
-def first_model(cfg, init, path, examples, log):
+def first_model(cfg, init, path, examples):
     """M1, trained if OUT has none made of the same data and settings -> model, tokenizer."""
     device = gpt.pick_device(cfg.device)
     settings = ("data", "eft", "init", "sft_lr", "sft_epochs", "batch_tokens", "noise", "halo", "seed")
@@ -448,7 +449,8 @@ def first_model(cfg, init, path, examples, log):
         print(f"{path} is there, made from the same data and settings")
     else:
         model, enc, base = gpt.load_model(init, device)
-        train_m1(model, examples, cfg, log)
+        log = path.with_suffix(".jsonl")   # beside the model: other variants use both
+        train_m1(model, examples, cfg, lambda **row: gpt.log_metrics(log, fresh=row["step"] == 0, **row))
         gpt.save_model(path, model, enc, base["tokenizer"], made_from=made_from)
     return gpt.load_model(path, device)[0]
 
@@ -516,7 +518,7 @@ def main(cfg):
     log = lambda t: lambda **row: run.log(**{"round": t} | row)
     if not run.resumed:
         run.log(config=vars(cfg))
-    policy.load_state_dict(first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft, log(0)).state_dict())
+    policy.load_state_dict(first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft).state_dict())
     frozen = copy.deepcopy(policy)
 
     def look(stage, **more):

@@ -22,7 +22,7 @@ Related: Toolformer (2302.04761), where the model finds out by itself where a ca
     python chat.py --checkpoint out/tools/sft.pt               ask that shop yourself
     python chat.py --checkpoint out/tools/sft.pt --db my.db    or your own: a table shop(item, price) is what it has learned
 
-Four minutes on one CPU core. Needs OUT/gpt.pt, trained first when it is missing, and Python 3.11. Read next: chat.py.
+Five to six minutes on one CPU core. Needs OUT/gpt.pt, trained first when it is missing, and Python 3.11. Read next: chat.py.
 """
 import os, random, re, sqlite3, time
 from dataclasses import dataclass

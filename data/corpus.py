@@ -145,4 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="out/data", help="folder for the files [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="other seed, other texts of the same world [%(default)s]")
     args = parser.parse_args()
-    print(f"wrote {write(args.out, args.seed)}: pretrain/*.txt and {', '.join(SIZES)}")
+    try:
+        print(f"wrote {write(args.out, args.seed)}: pretrain/*.txt and {', '.join(SIZES)}")
+    except OSError as e:
+        sys.exit(print(f"corpus.py: --out {args.out}: {e.strerror}; name a folder", file=sys.stderr) or 2)

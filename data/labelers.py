@@ -87,6 +87,8 @@ if __name__ == "__main__":
         train, _ = ensure(args.out, args.seed, args.device)
     except gpt.UserError as e:
         sys.exit(print(f"labelers.py: {e}", file=sys.stderr) or 2)
+    except OSError as e:
+        sys.exit(print(f"labelers.py: {e.filename}: {e.strerror}; make it with: python sft.py --out {args.out}", file=sys.stderr) or 2)
     for line in open(train, encoding="utf-8").readlines()[:args.show]:
         record = json.loads(line)
         print(record["prompt"][-1]["content"])

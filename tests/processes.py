@@ -3,6 +3,7 @@
 Each run is a fork, made after torch is loaded and before it has threads, so that dozens of them cost seconds. A run trains a tiny
 model on tiny files. FOLDER/report.json tells what happened; tests/test_processes.py calls this and reads that.
 """
+import argparse
 import contextlib
 import hashlib
 import json
@@ -27,6 +28,7 @@ import self_reward  # noqa: E402
 import sft  # noqa: E402
 
 torch.set_num_threads(1)
+TEAM = ("gpt", "sft", "reward", "dpo", "ppo")   # the scripts that several processes can share
 WORDS = "the miller has a dog and it sleeps by his mill while bread grows brown".split()
 
 
@@ -142,40 +144,56 @@ def rows(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+def wait_for_rows(pid, path, n, seconds=60):
+    """Until the log has more than n rows, or the process has ended."""
+    end = time.time() + seconds
+    while len(rows(path)) <= n and time.time() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
+
+
+def killed_run(train, out, log, n, rng):
+    """Killed by SIGKILL, Ctrl-C and SIGKILL at random moments of a run of n rows, resumed each time -> exit codes."""
+    codes, resume = [], False
+    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
+        have = len(rows(log))
+        pid = fork(lambda: train(out, resume), log=out / "output.txt")
+        if how:   # not near the end: it must be alive to be killed
+            wait_for_rows(pid, log, rng.randrange(have, max(have + 1, 2 * n // 3)))   # and each time later than the last
+            time.sleep(rng.random() * 0.005)   # anywhere in the next step
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
+        codes.append(wait(pid))
+        if codes[-1] == 0:
+            break
+        resume = resume or log.with_suffix(".state").exists()
+    return codes
+
+
 def kills(root, chosen):
-    """Each script once undisturbed, and once killed three times at random moments (the second time by Ctrl-C) and resumed."""
+    """Each script once undisturbed, and once killed again and again."""
     files, report = root / "files", {}
     write_files(files)
     for name, (module, settings, end) in scripts(files).items():
         if chosen and name not in chosen:
             continue
-        rng = random.Random(name)
 
         def train(out, resume):
-            return lambda: module.main(module.Config(**settings, out=str(out), device="cpu", resume=resume))
+            module.main(module.Config(**settings, out=str(out), device="cpu", resume=resume))
 
-        whole, killed, log, codes = folder_of(files, root / name / "whole"), folder_of(files, root / name / "killed"), root / name / "log.txt", []
-        codes.append(wait(fork(train(whole, False), log=log)))
-        if codes[0] == 0:
-            there, n, again = killed / f"{name}.jsonl", len(rows(whole / f"{name}.jsonl")), False
+        def log_of(out):
+            return [{k: v for k, v in json.loads(r).items() if k != "config"} for r in rows(out / f"{name}.jsonl")]
+
+        rng, whole = random.Random(name), folder_of(files, root / name / "whole")
+        report[name] = dict(codes=[wait(fork(lambda: train(whole, False), log=whole / "output.txt"))], rows=len(log_of(whole)))
+        for attempt in range(5):   # a fast machine may be through before it is killed
+            killed = folder_of(files, root / name / f"killed{attempt}")
             (killed / end).unlink(missing_ok=True)
-            for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
-                pid, at = fork(train(killed, again), log=log), rng.randrange(n)
-                if how:   # once this many rows are written, some time into the next step
-                    limit = time.time() + 60
-                    while len(rows(there)) <= at and time.time() < limit and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                        time.sleep(0.001)
-                    time.sleep(rng.random() * 0.01)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, how)
-                codes.append(wait(pid))
-                if codes[-1] == 0:
-                    break
-                again = again or (killed / f"{name}.state").exists()
-        report[name] = dict(codes=codes, rows=len(rows(whole / f"{name}.jsonl")))
+            codes = killed_run(train, killed, killed / f"{name}.jsonl", report[name]["rows"], rng)
+            if -signal.SIGKILL in codes:
+                break
+        report[name]["codes"] += codes
         if codes[-1] == 0:
-            a, b = ([{k: v for k, v in json.loads(r).items() if k != "config"} for r in rows(out / f"{name}.jsonl")] for out in (whole, killed))
-            report[name].update(same_log=a == b, same_weights=digest(whole / end) == digest(killed / end),
+            report[name].update(same_log=log_of(whole) == log_of(killed), same_weights=digest(whole / end) == digest(killed / end),
                                 left=sorted(p.name for p in killed.iterdir() if ".state" in p.name or ".part" in p.name))
     return report
 
@@ -195,8 +213,8 @@ def ranks(root, chosen, n=2):
     greedy = gpt.generate
     gpt.generate = lambda *args, **how: greedy(*args, **(how | {"temperature": 0}))
     steps = {"gpt": dict(steps=10, dropout=0.0, schedule="constant"), "sft": dict(dropout=0.0), "ppo": dict(updates=5, target_kl=0.0, beta=0.1)}
-    for name, (module, settings, end) in list(scripts(files).items())[:5]:
-        if chosen and name not in chosen:
+    for name, (module, settings, end) in scripts(files).items():
+        if name not in (chosen or TEAM):
             continue
         settings, log = settings | steps.get(name, {}), root / name / "log.txt"
 
@@ -213,25 +231,31 @@ def ranks(root, chosen, n=2):
             a, b = ([[r[k] for k in keys] for r in x if keys[0] in r][:10] for x in (a, b))
             report[name].update(steps=len(a), same_length=len(a) == len(b), losses=a[:3],
                                 difference=max(abs(p - q) for x, y in zip(a, b) for p, q in zip(x, y)))
-    # One of two dies in the middle: the other one must end, too, and with an error.
-    module, settings, _ = scripts(files)["sft"]
-    out, end = root / "dead", time.time() + 60
-
-    def train():
-        gpt.join("cpu")
-        module.main(module.Config(**settings | dict(epochs=1000), out=str(folder), device="cpu"))
-
-    folder = folder_of(files, out)
-    first, second = team(train, 2, out / "log.txt")
-    while len(rows(out / "sft.jsonl")) < 5 and time.time() < end:
-        time.sleep(0.01)
-    os.kill(second, signal.SIGKILL)
-    report["dead"] = dict(codes=[wait(first), wait(second)])
+    report["dead"] = dict(codes=one_dies(files, root / "dead"))
     return report
 
 
+def one_dies(files, out):
+    """One of two processes is killed in the middle: the other one must end, too, and with an error. -> their exit codes."""
+    module, settings, _ = scripts(files)["sft"]
+    folder_of(files, out)
+
+    def train():
+        gpt.join("cpu")
+        module.main(module.Config(**settings | dict(epochs=1000), out=str(out), device="cpu"))
+
+    first, second = team(train, 2, out / "output.txt")
+    wait_for_rows(first, out / "sft.jsonl", 4)
+    os.kill(second, signal.SIGKILL)
+    return [wait(first), wait(second)]
+
+
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    report = dict(kills=kills, ranks=ranks)[sys.argv[2]](root, sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a new one")
+    parser.add_argument("what", choices=("kills", "ranks"))
+    parser.add_argument("names", nargs="*", help="of scripts; none: all")
+    args = parser.parse_args()
+    root, report = args.folder, dict(kills=kills, ranks=ranks)[args.what](args.folder, args.names)
     (root / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))

@@ -495,9 +495,10 @@ def test_three_models_from_a_users_files(files, tmp_path, capsys):
 def test_controls_share_m1_until_its_settings_change(files, tmp_path, capsys):
     run(files, tmp_path, pairs="random", iterations=1)
     m1 = tmp_path / "self_reward" / "M1.pt"
-    before = m1.read_bytes()
+    before, steps = m1.read_bytes(), list(sft.read_records(m1.with_suffix(".jsonl")))
     log = run(files, tmp_path, pairs="random", update="sft", iterations=1)
-    assert "is there" in capsys.readouterr().out and m1.read_bytes() == before and all("loss" not in r for r in log if r.get("round") == 0)
+    assert "is there" in capsys.readouterr().out and m1.read_bytes() == before and not any(r.get("round") == 0 for r in log)
+    assert [r["step"] for _, r in sft.read_records(m1.with_suffix(".jsonl"))] == list(range(len(steps))) and steps
     assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["self_reward-pairs-random-update-sft.jsonl", "self_reward-pairs-random.jsonl"]
     run(files, tmp_path, pairs="random", iterations=1, sft_lr=1e-4)
     assert "is there" not in capsys.readouterr().out and m1.read_bytes() != before
