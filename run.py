@@ -291,7 +291,7 @@ class Run:
         self.path, self.older, self.log_path = (folder / f"{name}{end}" for end in (".state", ".state.old", ".jsonl"))
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in ("out", "resume", "save_every", "device")}
         self.settings |= {"processes": str(world()), "files": digest(inputs)}
-        self.start, self.saved_at, self.damaged = time.time(), None, []
+        self.start, self.saved_at, self.damaged, self.logged = time.time(), None, [], False
         self.saved = self.newest() if cfg.resume else None
         barrier()   # all have looked before the first one writes
         self.resumed = bool(self.saved)
@@ -409,8 +409,6 @@ class Run:
     def log(self, **row):
         log_metrics(self.log_path, fresh=not self.resumed and not self.logged, **averaged(row))
         self.logged = True
-
-    logged = False
 
     def finish(self):
         """The last checkpoint is written: the states have served, and the folder is free for others."""
