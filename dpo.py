@@ -215,7 +215,7 @@ def main(cfg):
           f"device {device}")
     look = lambda: held_out(policy, val_answers, val_pairs, val_ref, cfg) | sampled(policy, reference, enc, shown, gold, cfg)
     optimizer, table = gpt.adamw(policy, cfg.lr), []
-    run = Run(cfg, cfg.name, [out / "sft.pt", cfg.data, *filter(None, [cfg.val])], policy=policy, optimizer=optimizer, table=table)
+    run = Run(cfg, cfg.name, [out / "sft.pt", cfg.data, cfg.val], policy=policy, optimizer=optimizer, table=table)
     if not run.resumed:
         table.append(dict(step=0) | look())
         run.log(**table[0])

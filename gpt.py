@@ -746,7 +746,7 @@ def main(cfg):
     print(f"gpt.py: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {sum(size.values()):,} tokens, device {device}")
     optimizer, odds = adamw(model, cfg.lr, cfg.weight_decay), document_odds(sources, T)
     rng, drawn = random.Random(cfg.seed), dict.fromkeys(sources, 0)
-    run = Run(cfg, "gpt", [cfg.data, *filter(None, [cfg.init, cfg.init_from])], model=model, optimizer=optimizer, rng=rng, drawn=drawn)
+    run = Run(cfg, "gpt", [cfg.data, cfg.init, cfg.init_from], model=model, optimizer=optimizer, rng=rng, drawn=drawn)
     model.train()
     for step in run.steps(cfg.steps):
         texts, tokens = draw_documents(sources, odds, cfg.batch_tokens, T, rng)

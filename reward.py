@@ -351,7 +351,7 @@ def main(cfg):
     plan = [b for _ in range(cfg.epochs) for b in sft.batches(size, budget, rng)]
     print(f"reward.py: {len(train):,} prompts, {sum(len(e[0]) for e in train):,} answers, {len(plan)} steps, device {device}")
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    run = Run(cfg, "reward", [out / "sft.pt", cfg.data, *filter(None, [cfg.val])], model=model, optimizer=optimizer)
+    run = Run(cfg, "reward", [out / "sft.pt", cfg.data, cfg.val], model=model, optimizer=optimizer)
     model.train()
     for step in run.steps(len(plan)):
         rows = share(plan[step])

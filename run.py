@@ -202,9 +202,9 @@ def once(make):
 
 
 def digest(paths):
-    """A checksum of files, and of all that is in folders: what a run reads is a part of what it will do."""
+    """A checksum of files, and of all that is in folders: what a run reads is a part of what it will do. An empty path is none."""
     crc = 0
-    for path in map(Path, paths):
+    for path in map(Path, filter(None, paths)):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 crc = zlib.crc32(file.name.encode() + file.read_bytes(), crc)

@@ -508,15 +508,14 @@ def main(cfg):
         raise UserError("--pairs gold: the prompts carry no task to grade; leave it out")
     ift, eft = sft.tokenize(chats, enc, block), eft_examples(judged, enc, block, rng)
     print(f"self_reward.py: {name}; {len(ift):,} IFT chats, {len(eft):,} judged answers, device {gpt.pick_device(cfg.device)}")
-    last = folder / f"{'' if name == 'main' else name + '-'}M{cfg.iterations + 1}.pt"
+    checkpoint = lambda k: folder / (f"M{k}.pt" if name == "main" else f"{name}-M{k}.pt")
     policy, history = m0.to(gpt.pick_device(cfg.device)), []
     ended = folder / f"{name}.ended"   # what tells that a run came to its end before the last round
-    read = [init, *filter(None, [cfg.data, cfg.eft, cfg.prompts, cfg.test]), *out.glob("data/*_train.jsonl")]
-    run = Run(cfg, f"self_reward-{name}", read, ended if ended.exists() else last, policy=policy, rng=rng, rows=rows, history=history)
-    if not run.resumed:
-        ended.unlink(missing_ok=True)
+    read, made = [init, cfg.data, cfg.eft, cfg.prompts, cfg.test, *out.glob("data/*_train.jsonl")], checkpoint(cfg.iterations + 1)
+    run = Run(cfg, f"self_reward-{name}", read, ended if ended.exists() else made, policy=policy, rng=rng, rows=rows, history=history)
     log = lambda t: lambda **row: run.log(**{"round": t} | row)
     if not run.resumed:
+        ended.unlink(missing_ok=True)
         run.log(config=vars(cfg))
     policy.load_state_dict(first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft).state_dict())
     frozen = copy.deepcopy(policy)
@@ -560,7 +559,7 @@ def main(cfg):
                          contradict=sum(golds[i][a] < golds[i][b] for i, a, b in pairs) / len(pairs))
         examples = [answer_tokens(enc, prompts[i]["prompt"], answers[i][k]) for i, *both in pairs for k in both]
         improve(policy, examples, ift + eft, cfg, rng, log(t))
-        gpt.save_model(folder / f"{'' if name == 'main' else name + '-'}M{t + 1}.pt", policy, enc, base["tokenizer"])
+        gpt.save_model(checkpoint(t + 1), policy, enc, base["tokenizer"])
         look(f"M{t + 1}", **more)
     run.finish()
     files = [path for path in sorted(out.glob("self_reward-*.jsonl")) if path != run.log_path]

@@ -354,7 +354,7 @@ def main(cfg):
     order, ends = [rows for epoch in plan for rows in epoch], list(accumulate(map(len, plan)))
     judge, table, best = judge_from(out / "reward.pt", val, block, device, cfg), [], {}
     optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    run = Run(cfg, "sft", [init, cfg.data, *filter(None, [cfg.val])], model=model, optimizer=optimizer, table=table, best=best)
+    run = Run(cfg, "sft", [init, cfg.data, cfg.val], model=model, optimizer=optimizer, table=table, best=best)
     print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {len(order)} steps, device {device}")
     for step in run.steps(len(order)):
         model.train()

@@ -202,6 +202,11 @@ def test_files_that_changed_are_another_run(tmp_path):
     go(True)
 
 
+def test_a_path_that_is_not_given_is_no_file(tmp_path):
+    (tmp_path / "a").write_text("a")
+    assert training.digest(["", tmp_path / "a", ""]) == training.digest([tmp_path / "a"]) != training.digest([""])
+
+
 def test_ctrl_c_in_the_last_step_lets_it_end(tmp_path):
     run = Run(SimpleNamespace(out=str(tmp_path), save_every=0, resume=False), "small")
     for step in run.steps(3):
