@@ -1,0 +1,106 @@
+"""GPT-2 weights in Hugging Face's layout, in and out; gpt.GPT.from_pretrained calls this."""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from data.text import read_text
+from data.tokenizer import SPECIAL
+from scaffold.cli import UserError, brief
+from scaffold.run import load_checkpoint, save_checkpoint
+
+# Our name of a size -> theirs.
+SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
+             n_embd="n_embd")
+# Hugging Face stores these matrices of a block as (in, out), the transpose of nn.Linear.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Causal masks that older files store beside the weights.
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+
+
+def read_sizes(folder):
+    """Read config.json -> {field of gpt.GPTConfig: number}. Raises UserError."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no config.json there; "
+                        f"--init-from needs a folder in Hugging Face's GPT-2 layout")
+    try:
+        raw = json.loads(read_text(path))
+        return {ours: raw[theirs] for ours, theirs in SIZES.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        reason = f"{type(e).__name__} {brief(e)}"
+        raise UserError(f"{path}: not a GPT-2 configuration ({reason})") from None
+
+
+def read_weights(folder):
+    """Read model.safetensors or pytorch_model.bin -> {name: tensor}. Raises UserError."""
+    path = folder / "model.safetensors"
+    if not path.exists():
+        if not (folder / "pytorch_model.bin").exists():
+            raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
+        return load_checkpoint(folder / "pytorch_model.bin")
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} needs one more package: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as e:   # safetensors raises its own exceptions
+        raise UserError(f"{path}: not readable ({brief(e)}); fetch it again") from None
+
+
+def read(folder):
+    """Read a local folder with config.json and weights -> (sizes, state dict of a gpt.GPT)."""
+    folder = Path(folder)
+    sizes = read_sizes(folder)
+    weights = read_weights(folder)
+    ours = {}
+    try:
+        for name, tensor in weights.items():
+            name = name.removeprefix("transformer.")
+            if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) and not name.endswith(BUFFERS):
+                ours[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+    except AttributeError as e:   # not a dict of names and tensors
+        raise UserError(f"{folder}: not GPT-2 weights ({brief(e)})") from None
+    return sizes, ours
+
+
+def add_special_tokens(model, enc, folder):
+    """Grow a GPT-2 read from `folder` by our special tokens, if the tokenizer has them.
+
+    New rows start at the mean embedding, so new tokens get average logits. Raises UserError if enc
+    is not the tokenizer of the model.
+    """
+    size = model.config.vocab_size
+    if not size <= enc.n_vocab <= size + len(SPECIAL):
+        raise UserError(f"--init-from {folder} has {size} tokens, the tokenizer {enc.n_vocab}; "
+                        f"name the one it was trained with, such as --tokenizer gpt2")
+    old = model.wte.weight.data                                               # (V, C)
+    new = old.mean(0).expand(enc.n_vocab - size, -1)
+    model.wte = nn.Embedding(enc.n_vocab, model.config.n_embd, device=old.device)
+    model.wte.weight.data = torch.cat([old, new])
+    model.config.vocab_size = enc.n_vocab
+
+
+def write(model, folder):
+    """Write config.json and pytorch_model.bin, which transformers' GPT2LMHeadModel reads."""
+    folder = Path(folder)
+    c = model.config
+    state = model.state_dict()
+    if not c.bias:   # GPT2LMHeadModel always has biases; zeros have no effect
+        for name in list(state):
+            if not name.startswith(("wte.", "wpe.")):
+                state[name.replace("weight", "bias")] = torch.zeros(len(state[name]))
+    weights = {}
+    for name, tensor in state.items():
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.T
+        weights["transformer." + name] = tensor.cpu().contiguous()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    save_checkpoint(folder / "pytorch_model.bin", **weights)
+    config = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+        n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+        activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))

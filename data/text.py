@@ -1,0 +1,243 @@
+"""Pretraining text: files become documents, documents become rows of tokens.
+
+A file holds documents separated by lines that are just `<|end|>`. Each *.txt file of a folder is a
+source. A source is drawn as often as its mixture weight says (LLaMA, 2302.13971, table 1).
+"""
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.tokenizer import end_of
+from scaffold.cli import UserError, brief
+from scaffold.run import load_checkpoint
+
+
+class Source(NamedTuple):
+    """One text file, tokenized. A document is a 1-D tensor of ids that ends with <|end|>."""
+    train: list      # documents
+    val: list        # documents
+    weight: float    # share of the tokens drawn, relative to the other sources
+
+
+def read_text(path):
+    """Return a UTF-8 file as a string. Raises UserError naming the first byte that is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: byte {e.start} is not UTF-8; "
+                        f"convert it: iconv -f latin1 -t utf-8") from None
+
+
+def write_text(path, text):
+    """Write a UTF-8 file atomically, with "\\n" as the line end on every system."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def split_documents(text):
+    """Cut a string at the lines that are just <|end|>; drop blank documents."""
+    documents = re.split(r"^<\|end\|>\r?(?:\n|\Z)", text, flags=re.M)
+    return [d for d in documents if d.strip()]
+
+
+def split_validation(documents, n):
+    """Cut n tokens from the end of a list of documents -> (train, validation).
+
+    Whole documents move to the validation part; the one at the border is cut in two.
+    """
+    train, val = list(documents), []
+    while n > 0:
+        last = train.pop()
+        if len(last) > n + 1:   # at least two tokens stay: a single one predicts nothing
+            train.append(last[:-n])
+            last = last[-n:]
+        val.append(last)
+        n -= len(last)
+    return train, val[::-1]
+
+
+def read_weights(path, mixture):
+    """Return ({source: weight}, where they come from) of --mixture or the folder's mixture.json.
+
+    The dict is empty if there is neither. Raises UserError for malformed weights.
+    """
+    file = path / "mixture.json"
+    origin = f"--mixture {brief(repr(mixture))}" if mixture else str(file)
+    weights = {}
+    try:
+        if mixture:
+            parts = [part.split("=") for part in mixture.split(",")]
+            weights = {name.strip(): float(weight) for name, weight in parts}
+        elif path.is_dir() and file.exists():
+            raw = json.loads(read_text(file))
+            weights = {name: float(weight) for name, weight in raw.items()}
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        form = "write it as name=weight,name=weight"
+        if not mixture:
+            form = 'expected a JSON object such as {"books": 2, "web": 1}'
+        raise UserError(f"{origin}: {form}") from None
+    if weights and not (min(weights.values()) >= 0 < sum(weights.values()) < math.inf):
+        raise UserError(f"{origin}: weights must be 0 or more, and not all 0")
+    return weights, origin
+
+
+def read_corpus(path, enc, block_size, val_fraction, mixture=""):
+    """Read a text file, or every *.txt of a folder -> {name: Source}.
+
+    The tail of each source is kept for validation. The weights are `mixture` ('books=2,web=1'),
+    else those of the folder's mixture.json, else the sizes. Raises UserError for a text that is
+    missing or too short.
+    """
+    path = Path(path)
+    end = end_of(enc)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: no *.txt file in this folder")
+    sources = {}
+    for file in files:
+        documents = [torch.tensor(enc.encode_ordinary(text) + [end], dtype=torch.int32)
+                     for text in split_documents(read_text(file))]
+        total = sum(map(len, documents))
+        smaller = total * min(val_fraction, 1 - val_fraction)
+        if not smaller > block_size:   # this form also refuses nan
+            raise UserError(f"{file}: {total} tokens are too few: with --val-fraction "
+                            f"{val_fraction} both parts must exceed one block of {block_size} "
+                            f"tokens; use more text, or a smaller --block-size")
+        train, val = split_validation(documents, math.ceil(total * val_fraction))
+        name = file.stem
+        if path.is_dir():
+            name = file.relative_to(path).with_suffix("").as_posix()
+        sources[name] = Source(train, val, sum(map(len, train)))
+    weights, origin = read_weights(path, mixture)
+    if not weights:
+        return sources
+    unknown = set(weights) - set(sources)
+    if unknown:
+        raise UserError(f"{origin} names {brief(sorted(unknown))}, "
+                        f"but the sources are {brief(sorted(sources))}")
+    return {name: s._replace(weight=weights.get(name, 0.0)) for name, s in sources.items()}
+
+
+def checkpoint_text(path, enc, block_size, other=""):
+    """Read the text a checkpoint was pretrained on, split and weighted as then, or `other` text.
+
+    Raises UserError if the checkpoint does not name its text, or if the text is gone.
+    """
+    if other:
+        return read_corpus(other, enc, block_size, val_fraction=0.05)
+    state = load_checkpoint(path)
+    kinds = dict(data=str, val_fraction=float, mixture=str)
+    known = isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in kinds.items())
+    if not known:
+        raise UserError(f"{path}: does not name the text it was pretrained on; "
+                        f"make it with: python gpt.py --out {Path(path).parent}")
+    if not os.path.exists(state["data"]):
+        raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; "
+                        f"bring it back, or pretrain again")
+    return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
+
+
+def document_odds(sources, T):
+    """Return how often to draw a document of each source, so that weights are shares of tokens.
+
+    A document contributes at most T tokens.
+    """
+    odds = []
+    for source in sources.values():
+        drawn = sum(min(len(d), T) for d in source.train)   # tokens, if each document is drawn once
+        odds.append(source.weight * len(source.train) / drawn)
+    return odds
+
+
+def draw_documents(sources, odds, n_tokens, T, rng):
+    """Draw documents until they hold n_tokens -> (documents, {source: tokens drawn}).
+
+    A document longer than T contributes a random window of T tokens.
+    """
+    names = list(sources)
+    documents = []
+    drawn = dict.fromkeys(names, 0)
+    while sum(drawn.values()) < n_tokens:
+        name = rng.choices(names, odds)[0]
+        train = sources[name].train
+        document = train[rng.randrange(len(train))]
+        start = rng.randrange(max(1, len(document) - T + 1))
+        window = document[start:start + T]
+        documents.append(window)
+        drawn[name] += len(window)
+    return documents, drawn
+
+
+def windows(documents, T, limit):
+    """Cut the first `limit` tokens of some documents into pieces of at most T tokens."""
+    pieces, n = [], 0
+    for document in documents:
+        if n < limit:
+            pieces += document[:limit - n].split(T)
+            n += len(document)
+    return pieces
+
+
+def pack(documents, T):
+    """Lay documents (1-D tensors, each at most T long) into rows of length T.
+
+    Returns ids and segments, both (B, T) and padded with 0. Segments number the documents of a row
+    from 1. A document that does not fit into the current row starts the next one.
+    """
+    rows, used = [[]], 0
+    for document in documents:
+        if used + len(document) > T:
+            rows.append([])
+            used = 0
+        rows[-1].append(document)
+        used += len(document)
+    ids = torch.zeros(len(rows), T, dtype=torch.long)                         # (B, T)
+    segments = torch.zeros(len(rows), T, dtype=torch.long)                    # (B, T)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row, 1):
+            end = start + len(document)
+            ids[b, start:end] = document
+            segments[b, start:end] = number
+            start = end
+    return ids, segments
+
+
+def predicted(segments):
+    """Return where the next token belongs to the same document: (B, T) -> (B, T-1)."""
+    return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+
+
+def batches(lengths, batch_tokens, rng):
+    """Group indices into batches of similar length, at most batch_tokens each with padding.
+
+    This is as fast as packing, and no response can attend to another chat. Only pools of 32 batches
+    are sorted: sorting all of the data would give every epoch the same neighbours.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    pool_size = max(1, 32 * batch_tokens * len(lengths) // max(1, sum(lengths)))
+    result = []
+    for start in range(0, len(order), pool_size):
+        batch = []
+        for i in sorted(order[start:start + pool_size], key=lambda i: lengths[i]):
+            if batch and (len(batch) + 1) * lengths[i] > batch_tokens:
+                result.append(batch)
+                batch = []
+            batch.append(i)
+        result.append(batch)
+    rng.shuffle(result)
+    return result

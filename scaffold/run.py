@@ -1,0 +1,419 @@
+"""A training run that survives a kill, stops at a NaN, and logs what it does.
+
+The next step of a run depends on its weights, its optimizer, its random states and its position in
+the data. Run saves all of these every --save-every steps, the new file beside the old one until it
+is complete. --resume loads the newest complete file, and the next step is, bit for bit, the step
+that would have come.
+
+    run = Run(cfg, "sft", model=model, optimizer=optimizer, rng=rng)   # all that a step changes
+    for step in run.steps(n):                                          # saves, also on Ctrl-C
+        loss = response_loss(model(ids), ids, mask)
+        norm = run.take_step(loss, optimizer, model, lr, rows)         # a NaN ends the run
+        run.log(step=step, loss=loss.item(), grad_norm=norm)
+    run.finish()
+
+A second process in the same folder is refused. `python lab/resume.py` demonstrates the bits.
+"""
+import json
+import math
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from scaffold.cli import UserError, run_folder
+from scaffold.distributed import all_reduce_mean, average_gradients, barrier, rank, world_size
+
+try:
+    import fcntl
+except ImportError:   # Windows has no fcntl; a second process is not refused there
+    fcntl = None
+
+
+class Diverged(UserError):
+    """The loss or the gradient norm is NaN or infinite; the weights are unchanged."""
+
+
+def set_seed(seed):
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)   # CPUs multiply denormal numbers 100 times slower
+
+
+def save_checkpoint(path, older=None, **state):
+    """Write a checkpoint atomically: a crash or a full disk leaves the old file as it was.
+
+    older: a path that keeps the previous file.
+    """
+    path = Path(path)
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if older and path.exists():
+                os.replace(path, older)   # a kill here leaves only `older`
+            os.replace(temporary, path)
+        except BaseException as e:
+            temporary.unlink(missing_ok=True)
+            # torch wraps a full disk in a RuntimeError; raise the OSError instead.
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+    barrier()   # no other rank may read the file earlier
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of tensors and plain data: no file can run code. Raises UserError."""
+    try:
+        # torch.load ignores checksums, so a flipped bit would become a weight. Files older than
+        # 2020 are not zip files and have no checksums.
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:   # each kind of damage raises its own exception
+        kind = type(e).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({kind}); train it again") from None
+
+
+def log_metrics(path, fresh=False, **row):
+    """Append one JSON object to a metrics file; `fresh` empties the file first."""
+    if rank() == 0:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w" if fresh else "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
+    """Take one optimizer step at learning rate lr; return the gradient norm before clipping.
+
+    Raises Diverged, naming `where`, before any weight changes if loss or gradient is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    average_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if not (math.isfinite(norm) and math.isfinite(loss.item())):
+        raise Diverged(f"{where}: loss {loss.item():.4g}, gradient norm {norm:.4g}; "
+                       f"training cannot continue from here: try a lower --lr")
+    optimizer.step()
+    return norm
+
+
+def digest(paths):
+    """Return a checksum of the files a run reads, folders included; empty paths are skipped."""
+    crc = 0
+    for path in map(Path, filter(None, paths)):
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                crc = zlib.crc32(file.name.encode() + file.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
+def ensure_stage(path, stage, cfg, **settings):
+    """Run an earlier stage if its checkpoint is missing.
+
+    stage: the module, with Config and main; settings: fields of its Config beside the shared ones.
+    Raises UserError if that stage was stopped half-way, because a new start would discard it.
+    """
+    if path.exists():
+        return
+    resume = getattr(cfg, "resume", False)
+    state = path.with_suffix(".state")
+    name = stage.__name__
+    if state.exists() and not resume:
+        raise UserError(f"{state}: a run stopped here; continue it with --resume (if it had its "
+                        f"own settings: python {name}.py --resume and these), or delete this file")
+    print(f"{path} is missing: running {name}.py first")
+    stage.main(stage.Config(out=str(path.parent), seed=cfg.seed, device=cfg.device, resume=resume,
+                            **settings))
+
+
+LOCKS = {}   # folder -> open file; the system releases the lock when the process ends
+
+
+def lock(folder):
+    """Reserve the folder for this process, or raise UserError if another one trains in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if fcntl and rank() == 0 and key not in LOCKS:
+        handle = os.open(key, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise UserError(f"{folder}: another process is training there; wait for it, "
+                            f"or name another folder with --out") from None
+        LOCKS[key] = handle
+
+
+def unlock(folder):
+    """Release the folder."""
+    handle = LOCKS.pop(folder.resolve(), None)
+    if handle is not None:
+        os.close(handle)
+
+
+def random_states():
+    """Return the states of all global generators as plain data."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(torch=torch.get_rng_state(), cuda=cuda, numpy=(name, keys.tolist(), *rest),
+                python=random.getstate())
+
+
+def set_random_states(states):
+    """Restore what random_states returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
+def snapshot(part):
+    """Turn a module, an optimizer, a generator, a dict or a list into tensors and plain data."""
+    if isinstance(part, random.Random):
+        return part.getstate()
+    if hasattr(part, "state_dict"):
+        return part.state_dict()
+    return part
+
+
+def restore(part, saved):
+    """Invert snapshot, in place."""
+    if isinstance(part, random.Random):
+        part.setstate(saved)
+    elif hasattr(part, "load_state_dict"):
+        part.load_state_dict(saved)
+    elif isinstance(part, dict):
+        part.clear()
+        part.update(saved)
+    else:
+        part[:] = saved
+
+
+class Run:
+    """One training run in the folder cfg.out, with its log NAME.jsonl and its state NAME.state.
+
+    cfg     has out, save_every, resume and the settings, which a resumed run must share
+    inputs  files and folders the run reads; a resumed run must find them unchanged
+    made    the file that a finished run leaves behind; NAME.pt by default
+    parts   everything that a step changes, see snapshot
+
+    A resumed run restores its parts at the first step, so setup code runs identically on fresh and
+    resumed runs. `resumed` tells the two apart.
+    """
+
+    def __init__(self, cfg, name, inputs=(), made=None, **parts):
+        folder = run_folder(cfg.out)
+        lock(folder)
+        self.name = name
+        self.parts = parts
+        self.every = cfg.save_every
+        self.step = 0
+        self.stop = False
+        self.path = folder / f"{name}.state"
+        self.older = folder / f"{name}.state.old"
+        self.log_path = folder / f"{name}.jsonl"
+        excluded = ("out", "resume", "save_every", "device")
+        self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
+        self.settings |= {"processes": str(world_size()), "files": digest(inputs)}
+        self.start = time.time()
+        self.saved_at = None   # step of the last saved state
+        self.damaged = []      # unreadable states
+        self.logged = False
+        self.saved = self.newest() if cfg.resume else None
+        barrier()   # all ranks read before rank 0 writes
+        self.resumed = bool(self.saved)
+        if cfg.resume and not self.resumed:
+            made = made or folder / f"{name}.pt"
+            if made.exists():
+                raise UserError(f"nothing to resume: {made} is finished; "
+                                f"leave --resume out to train it again")
+            print(f"nothing to resume in {folder}: {name} starts from the beginning")
+        if not cfg.resume and rank() == 0:
+            if self.path.exists():
+                print(f"discarding {self.path} of an unfinished run; --resume would continue it")
+            self.path.unlink(missing_ok=True)
+            self.older.unlink(missing_ok=True)
+        if world_size() > 1:
+            self.synchronise()
+
+    def synchronise(self):
+        """Give all ranks the weights of rank 0, and each rank its own random numbers."""
+        torch.manual_seed(torch.initial_seed() + rank())
+        for part in self.parts.values():
+            if isinstance(part, nn.Module):
+                for tensor in part.state_dict().values():
+                    dist.broadcast(tensor, 0)
+
+    def newest(self):
+        """Return the newest complete state, or None if there is none; warn about a damaged one.
+
+        Raises UserError for changed settings or files.
+        """
+        candidates = [path for path in (self.path, self.older) if path.exists()]
+        for path in candidates:
+            try:
+                state = load_checkpoint(path)
+                if "settings" not in state:
+                    raise UserError(f"{path}: not the state of a run")
+            except UserError as e:
+                self.damaged.append(path)
+                if rank() == 0:
+                    print(f"warning: {e}; trying the one before", file=sys.stderr)
+                continue
+            self.check_settings(state["settings"])
+            return state
+        if candidates:
+            raise UserError(f"{self.path}: neither this state nor the one before is readable; "
+                            f"leave --resume out to start again")
+        return None
+
+    def check_settings(self, saved):
+        """Raise UserError if the run was started with other settings, files or processes."""
+        changed = [k for k, v in self.settings.items() if saved.get(k) != v]
+        if not changed:
+            return
+        if changed == ["files"]:
+            raise UserError("--resume: a file that this run reads has changed since it started; "
+                            "bring it back, or leave --resume out")
+        name = changed[0]
+        if name == "processes":
+            raise UserError(f"--resume: {self.name} was started by {saved['processes']} processes, "
+                            f"not {world_size()}")
+        raise UserError(f"--resume: {self.name} was started with --{name.replace('_', '-')} "
+                        f"{saved.get(name)}, not {self.settings[name]}; "
+                        f"type the same settings, or leave --resume out")
+
+    def save(self, n):
+        """Write the state of a run of n steps; the previous state stays beside it."""
+        if self.log_path.exists() and rank() == 0:
+            with open(self.log_path, "a") as f:
+                os.fsync(f.fileno())
+        log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
+        parts = {k: snapshot(v) for k, v in self.parts.items()}
+        save_checkpoint(self.path, self.older, step=self.step, n=n, settings=self.settings,
+                        log_bytes=log_bytes, random=random_states(), seconds=self.seconds(),
+                        parts=parts)
+        self.saved_at = self.step
+
+    def put_back(self, n):
+        """Restore the loaded state in place and cut the log back to it."""
+        saved = self.saved
+        if saved["n"] != n:
+            raise UserError(f"--resume: this data gives {n} steps, the saved run had {saved['n']}; "
+                            f"bring the same data, or leave --resume out")
+        if rank() == 0:
+            for path in self.damaged:   # else the next save would keep it in place of the good one
+                path.unlink()
+        for name, part in self.parts.items():
+            restore(part, saved["parts"][name])
+        set_random_states(saved["random"])
+        self.step = saved["step"]
+        self.saved_at = saved["step"]
+        self.start = time.time() - saved["seconds"]
+        if rank() == 0 and self.log_path.exists():   # drop rows of steps that will run again
+            os.truncate(self.log_path, min(saved["log_bytes"], self.log_path.stat().st_size))
+        print(f"resuming {self.name} at step {self.step} of {n}")
+        self.saved = None   # it may be as large as the model
+
+    def seconds(self):
+        """Return the seconds spent on this run, those before a kill included."""
+        return time.time() - self.start
+
+    def interrupt(self, *_):
+        """Handle Ctrl-C: finish the step and save; a second Ctrl-C quits at once."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        print("\nCtrl-C: finishing this step and saving; press again to quit without saving",
+              file=sys.stderr)
+
+    def catches_interrupts(self):
+        """Return whether Ctrl-C may wait for the end of a step.
+
+        Several processes would stop at different steps, so there Ctrl-C ends them at once.
+        """
+        return (world_size() == 1
+                and threading.current_thread() is threading.main_thread()
+                and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+
+    def steps(self, n):
+        """Yield the numbers of the remaining steps up to n; save the state between two of them."""
+        if self.resumed:
+            self.put_back(n)
+        else:
+            if not self.logged and rank() == 0:   # the log of an earlier run
+                self.log_path.unlink(missing_ok=True)
+            if self.every:
+                self.save(n)
+        catching = self.catches_interrupts()
+        if catching:
+            signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            with tqdm(total=n, initial=self.step, desc=self.name, mininterval=1,
+                      disable=rank() > 0) as self.bar:
+                while self.step < n:
+                    yield self.step
+                    self.step += 1
+                    self.bar.update()
+                    # Not after the last step: a run killed there repeats what follows the loop.
+                    due = self.every and self.step % self.every == 0
+                    if self.step < n and (self.stop or due):
+                        self.save(n)
+                        if self.stop:
+                            raise KeyboardInterrupt
+        finally:
+            if catching:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def take_step(self, loss, optimizer, model, lr, batch):
+        """Take one optimizer step; return the gradient norm.
+
+        If it diverges, the message names the step, the batch and the last good checkpoint. batch:
+        numbers that identify the batch, such as indices into the data.
+        """
+        try:
+            return take_step(loss, optimizer, model, lr, where=f"{self.name}, step {self.step}")
+        except Diverged as e:
+            good = "none"
+            if self.saved_at is not None:
+                good = f"{self.path}, of step {self.saved_at}"
+            numbers = [int(i) for i in batch]
+            raise Diverged(f"{e}; batch {numbers}; last good checkpoint: {good}") from None
+
+    def log(self, **row):
+        """Append a row to the log; floats are averaged over the processes."""
+        fresh = not self.resumed and not self.logged
+        log_metrics(self.log_path, fresh=fresh, **all_reduce_mean(row))
+        self.logged = True
+
+    def finish(self):
+        """Delete the states and unlock the folder; call it after writing the last checkpoint."""
+        if rank() == 0:
+            self.path.unlink(missing_ok=True)
+            self.older.unlink(missing_ok=True)
+        unlock(self.path.parent)
