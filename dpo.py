@@ -19,7 +19,7 @@ prompt stay in one batch, as in reward.py: each passes once, however many pairs 
     python dpo.py --nll 0.2 --name dpo-nll                 variants: --loss ipo, --pairs extreme
 
 75 seconds on one CPU core. Needs OUT/sft.pt and trains it first if it is missing. Read next:
-evaluate.py, self_reward.py. Elsewhere: record formats (data/formats.py), checkpoints (scaffold/).
+evaluate.py, self_reward.py. Elsewhere: metrics (scaffold/health.py), pairs (data/rankings.py).
 """
 import random
 from dataclasses import dataclass
@@ -30,12 +30,16 @@ import torch.nn.functional as F
 import gpt
 import reward
 import sft
-from data.formats import load_grader
+from data.formats import load_grader, mean_grade
+from data.rankings import choose_pairs
 from data.tokenizer import end_of
-from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
+from scaffold.cli import (
+    RunConfig, UserError, check_name, choose, pick_device, require, run_folder, start)
 from scaffold.distributed import global_mean, shard
+from scaffold.health import DPO_COLUMNS, dpo_metrics
 from scaffold.optim import adamw, lr_at
 from scaffold.run import Run, ensure_stage, set_seed
+from scaffold.table import format_table, print_samples
 
 
 @dataclass
@@ -69,9 +73,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     kind "ipo" is (m / beta - 1/(2 beta))^2 (2310.12036, eq. 17) on sums of log-probs, as in its
     paper; TRL divides by the lengths first, which changes the meaning of beta.
     """
-    chosen = policy_chosen - ref_chosen
+    chosen = policy_chosen - ref_chosen                                       # (B,)
     rejected = policy_rejected - ref_rejected
-    h = chosen - rejected                                                     # (B,)
+    h = chosen - rejected
     if kind == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
     else:
@@ -83,21 +87,6 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 def response_logprobs(model, ids, mask):
     """log pi(y|x) of whole responses: ids, mask (B, T) -> (B,), fp32; the mask is 1 on y."""
     return (gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1)
-
-
-def choose_pairs(responses, ranks, how, rng):
-    """Return [(index of the better, of the worse)] of K responses, without ties and equal ones.
-
-    how: all, extreme (the widest difference in rank) or random (one pair).
-    """
-    pairs = reward.pair_mask(torch.tensor([ranks]))[0].nonzero().tolist()
-    pairs = [(i, j) for i, j in pairs if responses[i] != responses[j]]
-    if not pairs or how == "all":
-        return pairs
-    if how == "extreme":
-        widest = max(ranks[j] - ranks[i] for i, j in pairs)
-        pairs = [(i, j) for i, j in pairs if ranks[j] - ranks[i] == widest]
-    return [rng.choice(pairs)]
 
 
 def flatten(comparisons, how, rng):
@@ -138,31 +127,12 @@ def all_logprobs(model, examples, batch=64):
     return result
 
 
-def metrics(policy, ref, loss, chosen, rejected):
-    """Return one row of the log in TRL's names. policy, ref: log-probs (2, P).
-
-    drift is how far log-probs moved from the reference, in nats. The loss asks for a difference
-    only, so mostly both fall, the worse response's faster: watch drift/chosen.
-    """
-    logps = policy.detach().mean(1).tolist()
-    drift = (policy - ref).detach().mean(1).tolist()
-    return {"loss": loss.item(),
-            "rewards/chosen": chosen.mean().item(),
-            "rewards/rejected": rejected.mean().item(),
-            "rewards/margins": (chosen - rejected).mean().item(),
-            "rewards/accuracies": (chosen > rejected).float().mean().item(),
-            "logps/chosen": logps[0],
-            "logps/rejected": logps[1],
-            "drift/chosen": drift[0],
-            "drift/rejected": drift[1]}
-
-
 def held_out(policy, examples, pairs, ref, cfg):
     """Return the metrics of validation pairs. ref: the reference's log-probs (N,)."""
     index = torch.tensor(pairs).T                                             # (2, P)
     logprobs = all_logprobs(policy, examples)[index]
     loss = dpo_loss(*logprobs, *ref[index], cfg.beta, cfg.label_smoothing, cfg.loss)
-    row = metrics(logprobs, ref[index], *loss)
+    row = dpo_metrics(logprobs, ref[index], *loss)
     return {f"eval_{k}": v for k, v in row.items()}
 
 
@@ -179,31 +149,8 @@ def sampled(policy, reference, enc, records, gold, cfg):
            "samples/length": sum(map(len, responses)) / len(responses)}
     if gold:
         texts = [sft.decode_response(ids, enc) for ids in responses]
-        row["samples/gold"] = sum(gold(r["task"], t) for r, t in zip(records, texts)) / len(texts)
+        row["samples/gold"] = mean_grade(gold, records, texts)
     return row
-
-
-COLUMNS = {" step": "step",
-           "held-out loss": "eval_loss",
-           "accuracy": "eval_rewards/accuracies",
-           "margin": "eval_rewards/margins",
-           "drift chosen": "eval_drift/chosen",
-           "drift rejected": "eval_drift/rejected",
-           "samples' KL": "samples/kl",
-           "length": "samples/length",
-           " gold": "samples/gold"}
-
-
-def print_table(table):
-    """Print the evaluations, one row each."""
-    columns = {name: key for name, key in COLUMNS.items() if key in table[0]}
-    print("  ".join(columns))
-    for row in table:
-        cells = []
-        for name, key in columns.items():
-            digits = 3 if isinstance(row[key], float) else 0
-            cells.append(f"{row[key]:{len(name)}.{digits}f}")
-        print("  ".join(cells))
 
 
 def check(cfg):
@@ -216,8 +163,7 @@ def check(cfg):
     choose(cfg, "pairs", "all", "extreme", "random")
     if cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError("--label-smoothing with --loss ipo: only the sigmoid loss uses it")
-    if cfg.name in ("gpt", "sft", "reward", "ppo") or "/" in cfg.name:
-        raise UserError(f"--name {cfg.name}: the checkpoint of another stage; choose another name")
+    check_name(cfg, "gpt", "sft", "reward", "ppo")
 
 
 def main(cfg):
@@ -268,7 +214,7 @@ def main(cfg):
         loss, chosen, rejected = dpo_loss(*logprobs, *ref_logprobs, cfg.beta, cfg.label_smoothing,
                                           cfg.loss)
         loss = global_mean(loss, len(batch))
-        row = metrics(logprobs, ref_logprobs, loss, chosen, rejected)
+        row = dpo_metrics(logprobs, ref_logprobs, loss, chosen, rejected)
         if cfg.nll:
             nll = -(logprobs[0] / n_tokens[index[0]].to(device)).mean()
             nll = global_mean(nll, len(batch))
@@ -284,11 +230,11 @@ def main(cfg):
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed,
                    beta=cfg.beta)
     run.finish()
-    print_table(table)
+    print(format_table(table, DPO_COLUMNS))
     chats = [r["prompt"] for r in shown[:4]]
     before = sft.sample_responses(reference, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     after = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
-    sft.print_samples(chats, before, after)
+    print_samples(chats, before, after)
     hint = f"; next: python evaluate.py --out {out}" if village else ""
     print(f"---\nsaved {out / cfg.name}.pt{hint}")
 

@@ -36,6 +36,7 @@ from data.text import checkpoint_text
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
 from scaffold.run import load_checkpoint, set_seed
+from scaffold.table import format_table
 
 
 @dataclass
@@ -215,29 +216,30 @@ def evaluate(cfg):
     return rows
 
 
-def table(rows):
-    """Format the rows for printing."""
-    def cell(x, form):
-        return "-" if x is None else format(x, form)
-
-    lines = ["stage             gold     new words   win rate vs sft   made up   rude   reward"
-             "     KL   lm loss   length   gold - greedy sft"]
-    for r in rows:
-        lines.append(
-            f"{r['stage']:<14} {r['gold']:5.2f} ±{r['gold_ci']:.2f}   {r['gold_new']:8.2f}   "
-            f"{100 * r['win_rate_vs_sft']:5.1f}% ±{100 * r['win_rate_ci']:.1f}   "
-            f"{cell(r['hallucination_rate'], '8.1%'):>9} {100 * r['rude_rate']:5.1f}%  "
-            f"{cell(r['reward'], '6.2f'):>6} {cell(r['kl_to_sft'], '6.1f'):>6}  "
-            f"{cell(r['lm_loss'], '8.3f'):>8}   {r['length']:6.1f}   "
-            f"{r['gold_minus_greedy']:+.2f} ±{r['gold_minus_greedy_ci']:.2f}")
-    return "\n".join(lines)
+COLUMNS = {"stage": ("stage", ""),
+           "gold": ("gold", ".2f"),
+           "±": ("gold_ci", ".2f"),
+           "new words": ("gold_new", ".2f"),
+           "win rate vs sft": ("win_rate_vs_sft", ".1%"),
+           "± ": ("win_rate_ci", ".1%"),
+           "made up": ("hallucination_rate", ".1%"),
+           "rude": ("rude_rate", ".1%"),
+           "reward": ("reward", ".2f"),
+           "KL": ("kl_to_sft", ".1f"),
+           "lm loss": ("lm_loss", ".3f"),
+           "length": ("length", ".1f"),
+           "gold - greedy sft": ("gold_minus_greedy", "+.2f"),
+           "±  ": ("gold_minus_greedy_ci", ".2f")}
 
 
 def main(cfg):
     rows = evaluate(cfg)
     if cfg.save:
         write_records(cfg.save, rows)
-    print("\n".join(json.dumps(r) for r in rows) if cfg.json else table(rows))
+    if cfg.json:
+        print("\n".join(json.dumps(r) for r in rows))
+    else:
+        print(format_table(rows, COLUMNS))
 
 
 if __name__ == "__main__":

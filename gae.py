@@ -130,7 +130,7 @@ def print_mixture(deltas, advantage, gamma, lam):
     """Print the n-step advantages of an episode of 3 actions and their weights. deltas: (3,)."""
     print(f"\nThe first A, {advantage:.6f}, as a mixture of n-step advantages")
     for n in (1, 2, 3):
-        a_n = sum(gamma ** l * deltas[l] for l in range(n))
+        a_n = sum(gamma ** k * deltas[k] for k in range(n))
         # More than 3 steps stop at the end, too, so n = 3 gets all the remaining weight.
         weight = (1 - lam) * lam ** (n - 1) if n < 3 else lam ** 2
         note = "   (Monte Carlo)" if n == 3 else ""

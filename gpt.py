@@ -16,8 +16,8 @@ a last LayerNorm, and logits from the token embedding (tied weights).
     python gpt.py --data my.txt --out out/mine       on any UTF-8 text, or a folder of *.txt files
     python gpt.py --init-from gpt2-folder            start from GPT-2 weights
 
-About 2.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: reading and packing text
-(data/text.py), the tokenizer (data/tokenizer.py), flags, optimizer and checkpoints (scaffold/).
+2.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: data/text.py reads and packs text,
+data/tokenizer.py encodes it, scaffold/ holds flags, optimizer and checkpoints.
 
 Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary. `logits[:, t]` predicts
 `ids[:, t+1]`. Padding is on the right, in training and in generation: real tokens never see it.
@@ -26,15 +26,14 @@ import dataclasses
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import corpus, huggingface
-from data.text import document_odds, draw_documents, pack, predicted, read_corpus, windows
-from data.tokenizer import checkpoint_tokenizer, end_of, fingerprint, get_tokenizer, token_bytes
+from data import checkpoint, corpus, huggingface
+from data.text import document_odds, draw_documents, pack, pad, predicted, read_corpus, windows
+from data.tokenizer import end_of, fingerprint, get_tokenizer, token_bytes
 from scaffold.cli import (
     RunConfig, UserError, brief, choose, pick_device, require, run_folder, start)
 from scaffold.distributed import global_mean, rank0_first, shard
@@ -78,6 +77,8 @@ class GPTConfig:
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head:
+            raise UserError(f"--n-embd {config.n_embd}: no multiple of --n-head {config.n_head}")
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -137,31 +138,22 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise UserError(f"--n-embd {config.n_embd} must be a multiple of "
-                            f"--n-head {config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.init_weights()
-
-    def init_weights(self):
-        """Initialise as GPT-2 does, except for two departures that help small models.
-
-        Token embeddings are wider and positions start as sinusoids: copying words from the prompt
-        is learned sooner (one seed, 1.2M tokens: loss 0.51 instead of 0.53).
-        """
         for name, p in self.named_parameters():
-            if p.dim() == 2:   # residual projections shrink with depth: the sum does not grow
-                scale = math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1
+            if p.dim() == 2:   # GPT-2's init: residual projections shrink with depth
+                scale = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
                 nn.init.normal_(p, std=0.02 / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        # Two departures: wider token embeddings, and positions that start as sinusoids. A small
+        # model then copies words from the prompt sooner (1.2M tokens: loss 0.51, not 0.53).
         nn.init.normal_(self.wte.weight, std=0.06)
-        self.wpe.weight.data = sinusoids(self.config.block_size, self.config.n_embd)
+        self.wpe.weight.data = sinusoids(config.block_size, config.n_embd)
 
     def hidden(self, ids, cache=None, segments=None):
         """Map token ids (B, T) to the states after the last LayerNorm (B, T, C).
@@ -194,52 +186,32 @@ class GPT(nn.Module):
         """Map states (..., C) to logits (..., V)."""
         return F.linear(states, self.wte.weight)
 
-    def extend_context(self, block_size):
-        """Grow the context; train on longer documents before relying on it."""
-        old = self.wpe.weight.data
-        new = sinusoids(block_size, self.config.n_embd)[len(old):].to(old)
-        self.wpe = nn.Embedding(block_size, self.config.n_embd, device=old.device)
-        self.wpe.weight.data = torch.cat([old, new])
-        self.config.block_size = block_size
-
     @classmethod
     def from_weights(cls, sizes, weights, where, dropout=0.0):
-        """Build a GPT from its sizes and a state dict; of a reward model, the GPT below the head.
-
-        Raises UserError, naming `where` they come from, if the two do not fit.
-        """
+        """Build a GPT from sizes and weights; a UserError names `where` they are if they differ."""
         try:
             config = GPTConfig(**{**sizes, "dropout": dropout})
-            body = {k[5:]: v for k, v in weights.items() if k.startswith("body.")} or weights
-            # Check before building: a damaged size could ask for all the memory there is.
-            shapes = (body["wte.weight"].shape, body["wpe.weight"].shape)
-            V, T, C = config.vocab_size, config.block_size, config.n_embd
-            last = f"h.{config.n_layer - 1}.ln_1.weight"
-            if shapes != ((V, C), (T, C)) or last not in body or config.n_head < 1:
-                raise ValueError("other vocabulary, context, width, depth or heads")
+            body = checkpoint.body_weights(config, weights)
             model = cls(config)
             model.load_state_dict(body)
+            return model
         except Exception as e:   # a corrupt file can fail in many ways; report them alike
             reason = f"{type(e).__name__}: {brief(e)}"
             raise UserError(f"{where}: its weights do not fit its sizes ({reason})") from None
-        return model
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
         """Read GPT-2 weights in Hugging Face's layout from a local folder."""
-        sizes, weights = huggingface.read(folder)
-        return cls.from_weights(sizes, weights, folder, dropout)
+        return cls.from_weights(*huggingface.read(folder), folder, dropout)
 
-    def save_pretrained(self, folder):
-        """Write config.json and pytorch_model.bin in Hugging Face's layout."""
-        huggingface.write(self, folder)
+    save_pretrained = huggingface.write   # model.save_pretrained(folder), in the same layout
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, for right-padded rows of different lengths.
 
-    lengths[b] is the position of the next token of row b. The prefill writes a padded block. What
-    it leaves behind the end of a short row is overwritten before any token can attend to it.
+    lengths[b] is the position of the next token of row b. What the padded prefill leaves behind the
+    end of a short row is overwritten before any token can attend to it.
     """
 
     def __init__(self, config, B, S, device, dtype):
@@ -284,10 +256,7 @@ class KVCache:
 
 
 def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
-    """Sample one token id per row: (B, V) -> (B,).
-
-    temperature 0 takes the most likely token. top_k, then top_p, remove the tail first.
-    """
+    """Sample one id per row, (B, V) -> (B,), after top_k and top_p cut the tail; 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -297,8 +266,7 @@ def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     probs = logits.softmax(-1)                                                # (B, V)
     if top_p is not None:
         ordered, order = probs.sort(dim=-1, descending=True)
-        # Remove a token if those above it already hold top_p. The one that crosses the line stays,
-        # so the first always does.
+        # Remove a token if those above it hold top_p: the one that crosses the line stays.
         remove = ordered.cumsum(-1) - ordered >= top_p
         remove[:, 0] = False
         ordered[remove] = 0
@@ -317,18 +285,16 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     block_size, device = model.config.block_size, model.wte.weight.device
-    for i, prompt in enumerate(prompts, 1):
-        if not 0 < len(prompt) < block_size:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens; a context of {block_size} "
-                            f"allows 1 to {block_size - 1}: shorten it, or train with a larger "
-                            f"--block-size")
+    lengths = [len(p) for p in prompts]
+    for i, n in enumerate(lengths, 1):
+        if not 0 < n < block_size:
+            raise UserError(f"prompt {i} has {n} tokens, the context of {block_size} allows 1 to "
+                            f"{block_size - 1}: shorten it, or train with a larger --block-size")
     was_training = model.training
     model.eval()
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    B = len(prompts)
-    lengths = [len(p) for p in prompts]
-    room = min(block_size, max(lengths) + max_new_tokens)
-    cache = KVCache(model.config, B, room, device, model.wte.weight.dtype)
+    B, S = len(prompts), min(block_size, max(lengths) + max_new_tokens)
+    cache = KVCache(model.config, B, S, device, model.wte.weight.dtype)
     ids = pad([torch.tensor(p) for p in prompts]).to(device)                  # (B, T)
     states = model.hidden(ids, cache)                                         # (B, T, C)
     cache.fill(lengths)
@@ -368,11 +334,6 @@ def token_logprobs(model, ids, temperature=1.0):
     return logprobs_of(model(ids), ids, temperature)
 
 
-def pad(rows, value=0):
-    """Stack 1-D tensors of different lengths, padded on the right: (B, T)."""
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
 def save_model(path, model, enc, tokenizer, **extra):
     """Write a checkpoint for load_model. tokenizer: the name by which get_tokenizer finds enc."""
     save_checkpoint(path, model=model.state_dict(), gpt=dataclasses.asdict(model.config),
@@ -380,12 +341,9 @@ def save_model(path, model, enc, tokenizer, **extra):
 
 
 def load_model(path, device="cpu", dropout=0.0):
-    """Read a checkpoint -> (GPT in eval mode, tokenizer, the whole checkpoint).
-
-    Raises UserError for a damaged file and for a tokenizer that has changed.
-    """
+    """Read a checkpoint -> (GPT in eval mode, tokenizer, the whole checkpoint)."""
     state = load_checkpoint(path)
-    enc = checkpoint_tokenizer(state, path)
+    enc = checkpoint.tokenizer_of(state, path)
     model = GPT.from_weights(state["gpt"], state["model"], path, dropout)
     return model.to(device).eval(), enc, state
 
@@ -400,10 +358,7 @@ def lm_loss(model, ids, segments, reduction="mean"):
 
 @torch.no_grad()
 def val_loss(model, sources, enc, device, limit=40_000):
-    """Return (nats per token, weighted like the sources; bits per byte of the predicted tokens).
-
-    Reads at most `limit` tokens per source.
-    """
+    """Return (nats per token, weighted like the sources; bits per byte), of `limit` tokens each."""
     was_training = model.training
     model.eval()
     T = model.config.block_size
@@ -429,12 +384,12 @@ def first_model(cfg, device):
         model, enc, base = load_model(cfg.init, device, cfg.dropout)
         cfg.tokenizer = base["tokenizer"]   # for the new checkpoint
         if cfg.block_size > model.config.block_size:
-            model.extend_context(cfg.block_size)
+            checkpoint.extend_context(model, sinusoids(cfg.block_size, model.config.n_embd))
         return model, enc
     enc = get_tokenizer(cfg.tokenizer)
     if cfg.init_from:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-        huggingface.add_special_tokens(model, enc, cfg.init_from)
+        checkpoint.add_special_tokens(model, enc, cfg.init_from)
     else:
         sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
         model = GPT(GPTConfig(enc.n_vocab, *sizes))
@@ -455,10 +410,8 @@ def main(cfg):
     T = model.config.block_size
     sources = read_corpus(cfg.data, enc, T, cfg.val_fraction, cfg.mixture)
     size = {name: sum(map(len, source.train)) for name, source in sources.items()}
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"gpt.py: {n_params / 1e6:.2f}M parameters, {sum(size.values()):,} tokens, "
-          f"device {device}")
-
+    print(f"gpt.py: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{sum(size.values()):,} tokens, device {device}")
     optimizer = adamw(model, cfg.lr, cfg.weight_decay)
     odds = document_odds(sources, T)
     rng = random.Random(cfg.seed)
@@ -482,7 +435,6 @@ def main(cfg):
             row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, enc, device)
             run.bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val_loss']:.3f}")
         run.log(**row)
-
     epochs = {name: round(n / size[name], 2) for name, n in drawn.items()}
     print(f"validation loss {row['val_loss']:.3f} nats per token, "
           f"{row['bits_per_byte']:.3f} bits per byte, "

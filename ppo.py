@@ -1,7 +1,7 @@
 """PPO: improve the fine-tuned model against the reward model without drifting far from it.
 
-Idea. Sample responses, score them with the reward model, and make the tokens of the better ones
-more likely. Four models take part:
+Idea. Sample responses, score them with the reward model, and make the better ones more likely. Four
+models take part:
 
     policy     the model that learns; starts as the fine-tuned model        (the actor)
     reference  the fine-tuned model, frozen; a KL penalty keeps the policy near it
@@ -10,9 +10,8 @@ more likely. Four models take part:
 
     maximise  E[ r(x, y) - beta * log( pi(y|x) / pi_ref(y|x) ) ] + ptx * E_text[ log pi(text) ]
 
-(InstructGPT, 2203.02155, eq. 2). One update: sample, score, reward per token (a KL penalty on each,
-the score on the last), advantages by GAE (gae.py), a few epochs of clipped steps (PPO, 1707.06347,
-eq. 7):
+(InstructGPT, eq. 2). One update: sample, score, reward per token (a KL penalty on each, the score on
+the last), advantages by GAE (gae.py), a few epochs of clipped steps (PPO, 1707.06347, eq. 7):
 
     ratio  = pi_new(a|s) / pi_old(a|s)
     loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )
@@ -30,7 +29,6 @@ the end token included, and 0 after it.
 """
 import math
 import random
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -40,15 +38,17 @@ import gpt
 import reward
 import sft
 from data import corpus
-from data.formats import load_grader, load_prompts
-from data.text import checkpoint_text, document_odds, draw_documents, pack
+from data.formats import load_grader, load_prompts, mean_grade
+from data.text import checkpoint_text, document_odds, draw_documents, pack, pad
 from data.tokenizer import end_of, fingerprint
-from scaffold.cli import RunConfig, UserError, pick_device, require, run_folder, start
+from scaffold.cli import (
+    RunConfig, UserError, check_name, pick_device, require, run_folder, start)
 from scaffold.distributed import (
     all_gather_ids, all_reduce_mean, global_mean, rank, rank0_first, shard, world_size)
-from scaffold.health import diagnostics, masked_mean, warnings
+from scaffold.health import masked_mean, ppo_metrics, warn_once
 from scaffold.optim import adamw, lr_at
 from scaffold.run import Run, ensure_stage, set_seed
+from scaffold.table import print_samples
 
 
 @dataclass
@@ -148,7 +148,7 @@ def adapt_beta(beta, kl, target, n, horizon=1_000):
 
 def response_mask(prompt_lengths, lengths, T):
     """Mark the actions that produced response tokens: (B,), (B,) -> (B, T-1)."""
-    target = torch.arange(1, T, device=lengths.device)   # position of the token action t produces
+    target = torch.arange(1, T, device=lengths.device)   # action t produced the token at t+1
     return ((target >= prompt_lengths[:, None]) & (target < lengths[:, None])).float()
 
 
@@ -160,7 +160,7 @@ def rollout(sampler, policy, reference, reward_model, value_model, prompts, end,
     responses = gpt.generate(sampler, shard(prompts), cfg.max_new_tokens, stop=end,
                              seed=seed + rank())
     responses = all_gather_ids(responses, cfg.max_new_tokens, device)
-    ids = gpt.pad([torch.tensor(p + a) for p, a in zip(prompts, responses)]).to(device)   # (B, T)
+    ids = pad([torch.tensor(p + a) for p, a in zip(prompts, responses)]).to(device)   # (B, T)
     starts = torch.tensor([len(p) for p in prompts], device=device)
     lengths = starts + torch.tensor([len(a) for a in responses], device=device)   # (B,)
     ended = torch.tensor([a[-1] == end for a in responses], device=device)
@@ -229,46 +229,23 @@ def next_prompts(prompts, order, n, rng):
     return taken
 
 
-def report(run, row, state, cfg):
-    """Log a row, print new warnings, and adapt beta. state: beta, first_entropy, warned."""
-    run.log(**row)
-    entropy = row["objective/entropy"] / row["objective/length"]
-    first_entropy = state.setdefault("first_entropy", entropy)
-    for name, line in warnings(row, first_entropy, cfg).items():
-        if name not in state["warned"]:
-            state["warned"][name] = row["update"]
-            if rank() == 0:
-                run.bar.write(f"warning, update {row['update']}: {line}", file=sys.stderr)
-    shown = {k: row.get(f"objective/{k}") for k in ("scores", "gold", "kl")}
-    run.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if v is not None})
-    if cfg.target_kl and row["update"] > cfg.value_warmup:   # before, the policy had not moved
-        n = cfg.rollout_size
-        state["beta"] = adapt_beta(state["beta"], row["objective/kl"], cfg.target_kl, n)
-
-
 def check(cfg):
-    """Raise UserError for settings that make no sense."""
     require(cfg, 1, "updates", "epochs", "minibatches", "max_new_tokens")
     require(cfg, 2, "rollout_size")
     require(cfg, 0, "gamma", "lam", "clip", most=1)
     require(cfg, 0, "beta", "ptx", "target_kl", "stop_kl", "value_clip", "lr", "value_warmup")
     if cfg.offline and cfg.target_kl:
-        raise UserError("--offline with --target-kl: samples of the frozen model do not show the "
-                        "policy's KL; leave one out")
+        raise UserError("--offline with --target-kl: frozen samples do not show the policy's KL")
     if cfg.target_kl and not cfg.beta:
-        raise UserError("--beta 0 with --target-kl: beta is adapted by factors, and 0 stays 0; "
-                        "start from --beta 0.1")
+        raise UserError("--beta 0 with --target-kl: 0 cannot adapt; start from --beta 0.1")
     if cfg.value_warmup >= cfg.updates:
-        raise UserError(f"--value-warmup {cfg.value_warmup} with --updates {cfg.updates}: "
-                        f"no update is left to train the policy")
+        raise UserError(f"--value-warmup {cfg.value_warmup}: leaves no update for the policy; "
+                        f"must be below --updates {cfg.updates}")
     if cfg.minibatches > cfg.rollout_size:
-        raise UserError(f"--minibatches {cfg.minibatches}: a rollout has only {cfg.rollout_size} "
-                        f"responses")
+        raise UserError(f"--minibatches {cfg.minibatches}: more than --rollout-size")
     if cfg.rollout_size % world_size():
-        raise UserError(f"--rollout-size {cfg.rollout_size}: not a multiple of {world_size()} "
-                        f"processes")
-    if cfg.name in ("gpt", "sft", "reward", "dpo") or "/" in cfg.name:
-        raise UserError(f"--name {cfg.name}: the checkpoint of another stage; choose another name")
+        raise UserError(f"--rollout-size {cfg.rollout_size}: not a multiple of the processes")
+    check_name(cfg, "gpt", "sft", "reward", "dpo")
 
 
 def main(cfg):
@@ -295,10 +272,8 @@ def main(cfg):
         text = checkpoint_text(out / "gpt.pt", enc, block_size, cfg.text)
         odds = document_odds(text, block_size)
 
-    policy_optimizer = adamw(policy, cfg.lr)
-    value_optimizer = adamw(value_model, cfg.lr)
-    rng = random.Random(cfg.seed)
-    order = []   # prompts left in this pass
+    policy_optimizer, value_optimizer = adamw(policy, cfg.lr), adamw(value_model, cfg.lr)
+    rng, order = random.Random(cfg.seed), []   # order: prompts left in this pass
     state = {"beta": cfg.beta, "warned": {}}
     run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy,
               value=value_model, policy_optimizer=policy_optimizer,
@@ -327,12 +302,15 @@ def main(cfg):
                 stat["norm"] = run.take_step(pg_loss, policy_optimizer, policy, lr, rows)
             run.take_step(vf_loss, value_optimizer, value_model, lr, rows)
             stats.append(stat)
-        row = diagnostics(b, returns, stats, state["beta"], lr, update)
+        row = ppo_metrics(b, returns, stats, state["beta"], lr, update)
         if gold:
             texts = [sft.decode_response(ids, enc) for ids in b.responses]
-            golds = [gold(p["task"], text) for p, text in zip(batch, texts)]
-            row["objective/gold"] = sum(golds) / len(golds)
-        report(run, row, state, cfg)
+            row["objective/gold"] = mean_grade(gold, batch, texts)
+        run.log(**row)
+        warn_once(run, row, state, cfg)
+        if cfg.target_kl and update > cfg.value_warmup:   # before, the policy had not moved
+            kl = row["objective/kl"]
+            state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
 
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed,
                    beta=cfg.beta)
@@ -343,7 +321,7 @@ def main(cfg):
     shown = [p["prompt"] for p in prompts[:4]]
     before = sft.sample_responses(reference, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     after = sft.sample_responses(policy, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
-    sft.print_samples(shown, before, after)
+    print_samples(shown, before, after)
     print(f"---\nsaved {out / cfg.name}.pt")
     if village and gold:
         if cfg.table:

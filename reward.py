@@ -17,8 +17,7 @@ for every reward model.
     python reward.py --loss token-margin                    other losses: token-margin, regression
 
 A minute on two CPU cores, sampling included. Needs OUT/sft.pt and trains it first if it is missing.
-Read next: gae.py, ppo.py. Elsewhere: record formats (data/formats.py), accuracies
-(data/rankings.py), flags and checkpoints (scaffold/).
+Read next: gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
 """
 import random
 from dataclasses import dataclass
@@ -31,14 +30,15 @@ import torch.nn.functional as F
 import gpt
 import sft
 from data import labelers
-from data.formats import load_comparisons, load_grader, load_val
-from data.rankings import pair_accuracy, print_ranking, report, word_scores
-from data.text import batches
+from data.formats import load_comparisons, load_grader, load_val, mean_grade
+from data.rankings import print_ranking, report, word_scores
+from data.text import batches, pad
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
 from scaffold.optim import adamw, autocast, lr_at
 from scaffold.run import Run, ensure_stage, save_checkpoint, set_seed
+from scaffold.table import print_row
 
 
 @dataclass
@@ -125,7 +125,7 @@ def tokenize(records, enc, block_size):
     """Tokenize ranked responses -> [Comparison].
 
     A prompt too long for the context loses its beginning, for all its responses alike, so that the
-    comparison stays fair. A response that fills the context by itself is skipped.
+    comparison stays fair. A response that fills the context alone is skipped.
     """
     comparisons, cut, lost = [], 0, 0
     for r in records:
@@ -153,7 +153,7 @@ def tokenize(records, enc, block_size):
 
 def rank_tensor(rows):
     """Stack lists of ranks (B, K), 0 where there is no response."""
-    return gpt.pad([torch.tensor(r, dtype=torch.float) for r in rows])
+    return pad([torch.tensor(r, dtype=torch.float) for r in rows])
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def score_rows(model, rows, device, batch=256):
     for first in range(0, len(order), batch):
         chunk = order[first:first + batch]
         lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
-        ids = gpt.pad([rows[i] for i in chunk]).to(device)                    # (b, T)
+        ids = pad([rows[i] for i in chunk]).to(device)                    # (b, T)
         for i, score in zip(chunk, model.score(ids, lengths).tolist()):
             scores[i] = score
     return scores
@@ -189,16 +189,12 @@ def score_responses(model, enc, chats, responses):
 
 def targets(record):
     """Return the goal of the regression, (K,): the scores, else minus the ranks, centred."""
-    wanted = record.get("scores") or [-r for r in record["ranks"]]
-    wanted = torch.tensor(wanted, dtype=torch.float)
-    return wanted - wanted.mean()
+    goal = torch.tensor(record.get("scores") or [-r for r in record["ranks"]], dtype=torch.float)
+    return goal - goal.mean()
 
 
 def aligned(scores, comparisons):
-    """Pair up the tokens of better and worse responses for token_margin_loss.
-
-    scores (sum of K, T) -> scores of the better and of the worse response, mask, (pairs, T) each.
-    """
+    """Pair up token scores (sum of K, T) -> of the better, of the worse, mask: (pairs, T) each."""
     steps = torch.arange(scores.shape[1])
     better, worse, mask = [], [], []
     first = 0   # row of the comparison's first response
@@ -216,10 +212,10 @@ def batch_loss(model, comparisons, device, cfg):
     """Return the loss of a batch, averaged over all processes."""
     rows = [ids for c in comparisons for ids in c.rows]
     lengths = torch.tensor([len(r) for r in rows], device=device)             # (sum of K,)
-    ids = gpt.pad(rows).to(device)                                            # (sum of K, T)
+    ids = pad(rows).to(device)                                            # (sum of K, T)
     if cfg.loss == "ranking":
         flat = model.score(ids, lengths)                                      # (sum of K,)
-        scores = gpt.pad(list(flat.split([len(c.rows) for c in comparisons])))   # (B, K)
+        scores = pad(list(flat.split([len(c.rows) for c in comparisons])))   # (B, K)
         ranks = rank_tensor([c.record["ranks"] for c in comparisons]).to(device)
         return global_mean(ranking_loss(scores, ranks), len(comparisons))     # all have a pair
     if cfg.loss == "regression":
@@ -230,10 +226,7 @@ def batch_loss(model, comparisons, device, cfg):
 
 
 def normalise(model, policy, enc, records, cfg):
-    """Shift and scale the scores to mean 0 and std 1 on samples of the fine-tuned model.
-
-    Ziegler et al. (1909.08593) normalise both, not only the mean.
-    """
+    """Normalise the scores to mean 0 and std 1 on samples of the policy (1909.08593 does both)."""
     block_size = policy.config.block_size
     chats = [r["prompt"] for r in records if len(sft.render_prompt(r["prompt"], enc)) < block_size]
     chats = chats[:cfg.normalise_on]
@@ -259,28 +252,14 @@ def load_reward(path, device="cpu"):
     return model.eval(), enc
 
 
-def scorer(path, records, device, cfg):
-    """Return a function of a policy: {"reward"} (and {"gold"}) of its responses, for sft.py.
-
-    path: the reward model; records: chats with "prompt".
-    """
-    if not path.exists():
-        raise UserError(f"--select reward needs {path}; train it on a first sft.pt: "
-                        f"python reward.py --out {path.parent}")
-    if not records:
-        raise UserError("--select reward: no validation prompt fits into the context")
-    model, enc = load_reward(path, device)
+def score_policy(model, policy, enc, records, gold, cfg):
+    """Sample a response to each prompt -> {"reward": mean score, "gold": mean grade if graded}."""
     chats = [r["prompt"] for r in records]
-    gold = load_grader(cfg.gold, records)
-
-    def score(policy):
-        responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
-        row = {"reward": sum(score_responses(model, enc, chats, responses)) / len(chats)}
-        if gold:
-            row["gold"] = sum(gold(r["task"], a) for r, a in zip(records, responses)) / len(chats)
-        return row
-
-    return score
+    responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
+    row = {"reward": sum(score_responses(model, enc, chats, responses)) / len(chats)}
+    if gold:
+        row["gold"] = mean_grade(gold, records, responses)
+    return row
 
 
 def ranked_data(cfg, out, enc, block_size):
@@ -294,28 +273,9 @@ def ranked_data(cfg, out, enc, block_size):
 
 
 def batch_plan(sizes, cfg, rng):
-    """Group prompts of similar size (in tokens) into batches of cfg.batch_prompts on average.
-
-    Batches of random prompts would be half padding.
-    """
+    """Group prompts of similar size (in tokens): batches of random prompts are half padding."""
     budget = cfg.batch_prompts * sum(sizes) // len(sizes)
     return [rows for _ in range(cfg.epochs) for rows in batches(sizes, budget, rng)]
-
-
-def evaluate(model, name, comparisons, words, gold, device):
-    """Return the accuracies of a split. words: word_scores; gold: the grader, if there is one."""
-    scores = score_all(model, comparisons, device)
-    counts = [[sum(words.get(t, 0) for t in ids[c.start:].tolist()) for ids in c.rows]
-              for c in comparisons]
-    others = {"word_counts": counts}
-    if gold:
-        others["gold_program"] = [[gold(c.record["task"], a) for a in c.record["responses"]]
-                                  for c in comparisons]
-    row = report(name, comparisons, scores, others)
-    if gold:
-        by_gold = [[-g for g in golds] for golds in others["gold_program"]]
-        row["accuracy_against_gold"] = pair_accuracy(scores, by_gold)[0]
-    return row
 
 
 def main(cfg):
@@ -352,10 +312,9 @@ def main(cfg):
     gold = load_grader(cfg.gold, [c.record for c in train + val])
     words = word_scores(train)
     for name, comparisons in (("training users", train[:400]), ("held-out users", val)):
-        row = evaluate(model, name, comparisons, words, gold, device)
+        row = report(name, comparisons, score_all(model, comparisons, device), words, gold)
         run.log(**row)
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in row.items()))
+        print_row(row)
     run.finish()
     scores = score_all(model, val, device)
     widest = max(zip(val, scores), key=lambda pair: max(pair[1]) - min(pair[1]))

@@ -16,7 +16,7 @@ that never trains on <|end|> never stops.
     python sft.py --epochs 16 --select reward         keep the epoch OUT/reward.pt scores highest
 
 Half a minute on two CPU cores. Needs OUT/gpt.pt and pretrains it first if it is missing. Read next:
-reward.py. Elsewhere: record formats (data/formats.py), flags and checkpoints (scaffold/).
+reward.py. Elsewhere: data/formats.py reads records, scaffold/ holds flags and checkpoints.
 """
 import random
 from dataclasses import dataclass
@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 import gpt
 from data import corpus
-from data.formats import check_messages, load_chats, load_val, prompt_of
-from data.text import batches
+from data.formats import check_messages, load_chats, load_grader, load_val, prompt_of
+from data.text import batches, pad
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
 from scaffold.optim import adamw, autocast, lr_at
 from scaffold.run import Run, ensure_stage, set_seed, take_step
+from scaffold.table import print_row, print_samples
 
 
 @dataclass
@@ -114,8 +115,8 @@ def tokenize(chats, enc, block_size):
 
 def collate(examples, rows, device="cpu"):
     """Stack the examples of these indices -> ids (B, T), mask (B, T), padded on the right."""
-    ids = gpt.pad([examples[i].ids for i in rows])
-    mask = gpt.pad([examples[i].mask for i in rows])
+    ids = pad([examples[i].ids for i in rows])
+    mask = pad([examples[i].mask for i in rows])
     return ids.to(device), mask.to(device)
 
 
@@ -146,12 +147,6 @@ def sample_responses(model, enc, chats, max_new_tokens, **sampling):
     prompts = [render_prompt(c, enc) for c in chats]
     responses = gpt.generate(model, prompts, max_new_tokens, stop=end_of(enc), **sampling)
     return [decode_response(ids, enc) for ids in responses]
-
-
-def print_samples(chats, before, after):
-    """Print the responses of two models to the same chats."""
-    for chat, old, new in zip(chats, before, after):
-        print(f"--- {chat[-1]['content']!r}\nbefore: {old!r}\nafter:  {new!r}")
 
 
 @torch.no_grad()
@@ -223,12 +218,17 @@ def main(cfg):
     prompts = [c | {"prompt": prompt_of(c["messages"])} for c in val]
     prompts = [p for p in prompts
                if p["prompt"] and len(render_prompt(p["prompt"], enc)) < block_size]
+    if cfg.select == "reward" and not prompts:
+        raise UserError("--select reward: no validation prompt fits into the context")
     shown = [p["prompt"] for p in prompts[:3]]
     before = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
-    score = None
     if cfg.select == "reward":
         import reward   # lazy: a later stage, which only this choice needs
-        score = reward.scorer(out / "reward.pt", prompts, device, cfg)
+        if not (out / "reward.pt").exists():
+            raise UserError(f"--select reward needs {out / 'reward.pt'}; train it on a first "
+                            f"sft.pt: python reward.py --out {out}")
+        judge = reward.load_reward(out / "reward.pt", device)[0]
+        gold = load_grader(cfg.gold, prompts)
 
     rng = random.Random(cfg.seed)
     lengths = [len(e.ids) for e in examples]
@@ -254,8 +254,8 @@ def main(cfg):
         if step + 1 in ends:
             row = dict(epoch=epoch, train_loss=loss.item(),
                        val_loss=val_loss(model, val_examples, device))
-            if score:
-                row |= score(model)
+            if cfg.select == "reward":
+                row |= reward.score_policy(judge, model, enc, prompts, gold, cfg)
             table.append(row)
             run.log(**row)
             run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
@@ -263,8 +263,7 @@ def main(cfg):
 
     model.load_state_dict(best["model"])
     for row in table:
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v:2d}"
-                        for k, v in row.items()))
+        print_row(row)
     gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed)
     after = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)

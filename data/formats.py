@@ -354,3 +354,8 @@ def load_grader(spec, records):
         return getattr(importlib.import_module(module), name)
     except (ValueError, ImportError, AttributeError) as e:
         raise UserError(f"--gold {spec}: write it as module:function ({e})") from None
+
+
+def mean_grade(grader, records, responses):
+    """Return the mean grade of one response (a string) per record."""
+    return sum(grader(r["task"], a) for r, a in zip(records, responses)) / len(responses)

@@ -3,10 +3,8 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from data.text import read_text
-from data.tokenizer import SPECIAL
 from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint, save_checkpoint
 
@@ -64,23 +62,6 @@ def read(folder):
     except AttributeError as e:   # not a dict of names and tensors
         raise UserError(f"{folder}: not GPT-2 weights ({brief(e)})") from None
     return sizes, ours
-
-
-def add_special_tokens(model, enc, folder):
-    """Grow a GPT-2 read from `folder` by our special tokens, if the tokenizer has them.
-
-    New rows start at the mean embedding, so new tokens get average logits. Raises UserError if enc
-    is not the tokenizer of the model.
-    """
-    size = model.config.vocab_size
-    if not size <= enc.n_vocab <= size + len(SPECIAL):
-        raise UserError(f"--init-from {folder} has {size} tokens, the tokenizer {enc.n_vocab}; "
-                        f"name the one it was trained with, such as --tokenizer gpt2")
-    old = model.wte.weight.data                                               # (V, C)
-    new = old.mean(0).expand(enc.n_vocab - size, -1)
-    model.wte = nn.Embedding(enc.n_vocab, model.config.n_embd, device=old.device)
-    model.wte.weight.data = torch.cat([old, new])
-    model.config.vocab_size = enc.n_vocab
 
 
 def write(model, folder):

@@ -1,4 +1,4 @@
-"""How well scores order ranked responses: accuracy, its competitors, and the labelers' agreement.
+"""Ranked responses: their pairs, how well scores order them, and how often labelers agree.
 
 A comparison is a reward.Comparison: the id tensors of K responses (rows), the length of their
 prompt (start), and the record with their ranks, 1 for the best.
@@ -10,6 +10,20 @@ from collections import Counter
 def ranked_pairs(ranks):
     """Return the pairs (better, worse) of indices into K ranks, ties left out."""
     return [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+
+
+def choose_pairs(responses, ranks, how, rng):
+    """Return [(index of the better, of the worse)] of K responses, without ties and equal ones.
+
+    how: all, extreme (the widest difference in rank) or random (one pair).
+    """
+    pairs = [(i, j) for i, j in ranked_pairs(ranks) if responses[i] != responses[j]]
+    if not pairs or how == "all":
+        return pairs
+    if how == "extreme":
+        widest = max(ranks[j] - ranks[i] for i, j in pairs)
+        pairs = [(i, j) for i, j in pairs if ranks[j] - ranks[i] == widest]
+    return [rng.choice(pairs)]
 
 
 def pair_accuracy(scores, ranks, distance=None):
@@ -51,11 +65,11 @@ def agreement(comparisons):
     return sum(pairs) / len(pairs) if pairs else float("nan")
 
 
-def report(name, comparisons, scores, others):
-    """Return a row for the log: accuracy against the labelers, also by rank distance.
+def report(name, comparisons, scores, words, gold):
+    """Return a row for the log: accuracies of the scores and of simple competitors.
 
-    length_alone is the accuracy of a liking for long responses. others: {label: scores} of other
-    ways to order the responses.
+    words: word_scores; gold: the grader, or None. length_alone is the accuracy of a liking for long
+    responses, gold_program of the grader, and accuracy_against_gold compares the scores with it.
     """
     ranks = [c.record["ranks"] for c in comparisons]
     accuracy, pairs = pair_accuracy(scores, ranks)
@@ -64,10 +78,16 @@ def report(name, comparisons, scores, others):
     row["distance_2"] = pair_accuracy(scores, ranks, lambda d: d == 2)[0]
     row["distance_3+"] = pair_accuracy(scores, ranks, lambda d: d > 2)[0]
     row["length_alone"] = pair_accuracy([[len(r) for r in c.rows] for c in comparisons], ranks)[0]
-    for label, other in others.items():
-        row[label] = pair_accuracy(other, ranks)[0]
+    counts = [[sum(words.get(t, 0) for t in r[c.start:].tolist()) for r in c.rows]
+              for c in comparisons]
+    row["word_counts"] = pair_accuracy(counts, ranks)[0]
+    if gold:
+        golds = [[gold(c.record["task"], a) for a in c.record["responses"]] for c in comparisons]
+        row["gold_program"] = pair_accuracy(golds, ranks)[0]
     if all("ranks_other" in c.record for c in comparisons):
         row["labelers_agree"] = agreement(comparisons)
+    if gold:
+        row["accuracy_against_gold"] = pair_accuracy(scores, [[-g for g in r] for r in golds])[0]
     return row
 
 

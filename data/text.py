@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data.tokenizer import end_of
 from scaffold.cli import UserError, brief
@@ -189,6 +190,11 @@ def windows(documents, T, limit):
             pieces += document[:limit - n].split(T)
             n += len(document)
     return pieces
+
+
+def pad(rows, value=0):
+    """Stack 1-D tensors of different lengths, padded on the right: (B, T)."""
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def pack(documents, T):

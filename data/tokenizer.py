@@ -91,20 +91,3 @@ def fingerprint(enc):
         h.update(len(token).to_bytes(4, "big") + token)
     h.update(repr(sorted(enc._special_tokens.items())).encode())
     return h.hexdigest()[:16]
-
-
-def checkpoint_tokenizer(state, path):
-    """Return the tokenizer of a loaded checkpoint. Raises UserError if it is missing or changed."""
-    keys = {"model", "gpt", "tokenizer", "fingerprint"}
-    complete = isinstance(state, dict) and keys <= set(state)
-    if not complete or not isinstance(state["tokenizer"], str):
-        raise UserError(f"{path}: not a checkpoint of this project")
-    try:
-        enc = get_tokenizer(state["tokenizer"])
-    except UserError as e:
-        raise UserError(f"{path}: its tokenizer is missing: {e}") from None
-    if fingerprint(enc) != state["fingerprint"]:
-        name = state["tokenizer"] or "data/tokenizer.json"
-        raise UserError(f"{path}: {name} has changed since this checkpoint was trained; "
-                        f"bring the old one back, or train again")
-    return enc

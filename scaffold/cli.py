@@ -117,6 +117,12 @@ def choose(cfg, name, *choices):
         raise UserError(f"--{name.replace('_', '-')} {value}: choose {listed}")
 
 
+def check_name(cfg, *stages):
+    """Raise UserError if --name is a path or the name of another stage's checkpoint."""
+    if cfg.name in stages or "/" in cfg.name:
+        raise UserError(f"--name {cfg.name}: a path or the name of another stage; choose another")
+
+
 def pick_device(name):
     """Return the torch.device of --device. Raises UserError if the machine does not have it."""
     if name == "auto":

@@ -1,4 +1,7 @@
-"""What a PPO update logs, and what it should look like: the metrics and their warnings."""
+"""What PPO and DPO log, under TRL's names, and what a healthy PPO update looks like."""
+import sys
+
+from scaffold.distributed import rank
 
 
 def masked_mean(x, mask):
@@ -6,8 +9,8 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def diagnostics(b, returns, stats, beta, lr, update):
-    """Return one row of the log, under TRL's names. KL: nats per response.
+def ppo_metrics(b, returns, stats, beta, lr, update):
+    """Return one row of PPO's log. KL: nats per response.
 
     With --offline the responses are the reference's: objective/kl is minus KL(ref || pi), and what
     is computed from it (non_score_reward, rlhf_reward) has the wrong sign, too.
@@ -41,6 +44,36 @@ def diagnostics(b, returns, stats, beta, lr, update):
         "val/explained_variance": (1 - error / variance.clamp(min=1e-8)).item()}
 
 
+def dpo_metrics(policy, ref, loss, chosen, rejected):
+    """Return one row of DPO's log. policy, ref: log-probs of the better and the worse (2, P).
+
+    drift is how far log-probs moved from the reference, in nats. The loss asks for a difference
+    only, so mostly both fall, the worse response's faster: watch drift/chosen.
+    """
+    logps = policy.detach().mean(1).tolist()
+    drift = (policy - ref).detach().mean(1).tolist()
+    return {"loss": loss.item(),
+            "rewards/chosen": chosen.mean().item(),
+            "rewards/rejected": rejected.mean().item(),
+            "rewards/margins": (chosen - rejected).mean().item(),
+            "rewards/accuracies": (chosen > rejected).float().mean().item(),
+            "logps/chosen": logps[0],
+            "logps/rejected": logps[1],
+            "drift/chosen": drift[0],
+            "drift/rejected": drift[1]}
+
+
+DPO_COLUMNS = {"step": ("step", "d"),
+               "held-out loss": ("eval_loss", ".3f"),
+               "accuracy": ("eval_rewards/accuracies", ".3f"),
+               "margin": ("eval_rewards/margins", ".3f"),
+               "drift chosen": ("eval_drift/chosen", ".3f"),
+               "drift rejected": ("eval_drift/rejected", ".3f"),
+               "samples' KL": ("samples/kl", ".3f"),
+               "length": ("samples/length", ".3f"),
+               "gold": ("samples/gold", ".3f")}
+
+
 def warnings(row, first_entropy, cfg):
     """Return what is wrong with an update -> {name: one line with the likely cause}.
 
@@ -65,7 +98,8 @@ def warnings(row, first_entropy, cfg):
                        f"right: raise --beta, or lower --lr")
     if entropy < 0.2 * first_entropy:
         found["entropy"] = (f"entropy fell from {first_entropy:.3f} to {entropy:.3f} nats per "
-                            f"token: the policy collapses to one response; raise --beta, or lower --lr")
+                            f"token: the policy collapses to one response; raise --beta, or "
+                            f"lower --lr")
     if clipped > 0.3:
         found["clip"] = (f"{clipped:.0%} of the ratios are clipped: "
                          f"lower --lr, or use fewer --epochs")
@@ -80,3 +114,19 @@ def warnings(row, first_entropy, cfg):
         found["scores"] = (f"all responses have the same score (std {std:.3f}): the reward model "
                            f"does not tell them apart, or the policy collapsed to one response")
     return found
+
+
+def warn_once(run, row, state, cfg):
+    """Print the warnings of an update that no earlier update had, and show its numbers on the bar.
+
+    state: a dict that keeps the first entropy and {warning: update}.
+    """
+    entropy = row["objective/entropy"] / row["objective/length"]
+    first_entropy = state.setdefault("first_entropy", entropy)
+    for name, line in warnings(row, first_entropy, cfg).items():
+        if name not in state["warned"]:
+            state["warned"][name] = row["update"]
+            if rank() == 0:
+                run.bar.write(f"warning, update {row['update']}: {line}", file=sys.stderr)
+    shown = {k: row.get(f"objective/{k}") for k in ("scores", "gold", "kl")}
+    run.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if v is not None})

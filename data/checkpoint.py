@@ -1,0 +1,66 @@
+"""Checkpoints of a GPT: their tokenizer, their sizes, and growing a model read from one."""
+import torch
+import torch.nn as nn
+
+from data.tokenizer import SPECIAL, fingerprint, get_tokenizer
+from scaffold.cli import UserError
+
+
+def tokenizer_of(state, path):
+    """Return the tokenizer of a loaded checkpoint. Raises UserError if it is missing or changed."""
+    keys = {"model", "gpt", "tokenizer", "fingerprint"}
+    complete = isinstance(state, dict) and keys <= set(state)
+    if not complete or not isinstance(state["tokenizer"], str):
+        raise UserError(f"{path}: not a checkpoint of this project")
+    try:
+        enc = get_tokenizer(state["tokenizer"])
+    except UserError as e:
+        raise UserError(f"{path}: its tokenizer is missing: {e}") from None
+    if fingerprint(enc) != state["fingerprint"]:
+        name = state["tokenizer"] or "data/tokenizer.json"
+        raise UserError(f"{path}: {name} has changed since this checkpoint was trained; "
+                        f"bring the old one back, or train again")
+    return enc
+
+
+def body_weights(config, weights):
+    """Return the weights of the GPT itself: of a reward model, those below the head.
+
+    Raises ValueError, or another exception, if the sizes differ from the config. Call it before
+    building the model: a damaged size could ask for all the memory there is.
+    """
+    body = {k[5:]: v for k, v in weights.items() if k.startswith("body.")} or weights
+    V, T, C = config.vocab_size, config.block_size, config.n_embd
+    shapes = (body["wte.weight"].shape, body["wpe.weight"].shape)
+    last = f"h.{config.n_layer - 1}.ln_1.weight"
+    if shapes != ((V, C), (T, C)) or last not in body or config.n_head < 1:
+        raise ValueError("other vocabulary, context, width, depth or heads")
+    return body
+
+
+def add_special_tokens(model, enc, folder):
+    """Grow a GPT-2 read from `folder` by our special tokens, if the tokenizer has them.
+
+    New rows start at the mean embedding, so new tokens get average logits. Raises UserError if enc
+    is not the tokenizer of the model.
+    """
+    size = model.config.vocab_size
+    if not size <= enc.n_vocab <= size + len(SPECIAL):
+        raise UserError(f"--init-from {folder} has {size} tokens, the tokenizer {enc.n_vocab}; "
+                        f"name the one it was trained with, such as --tokenizer gpt2")
+    old = model.wte.weight.data                                               # (V, C)
+    new = old.mean(0).expand(enc.n_vocab - size, -1)
+    model.wte = nn.Embedding(enc.n_vocab, model.config.n_embd, device=old.device)
+    model.wte.weight.data = torch.cat([old, new])
+    model.config.vocab_size = enc.n_vocab
+
+
+def extend_context(model, table):
+    """Grow the context to the rows of the position table (T, C); trained rows keep their values.
+
+    Train on longer documents before relying on the new positions.
+    """
+    old = model.wpe.weight.data
+    model.wpe = nn.Embedding(*table.shape, device=old.device)
+    model.wpe.weight.data = torch.cat([old, table[len(old):].to(old)])
+    model.config.block_size = len(table)
