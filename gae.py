@@ -1,15 +1,13 @@
 """GAE(lambda): was this token better than expected?
 
 A response is an episode. The state is the text so far, the action is the next token, and the reward
-is the reward model's score, paid on the last token (PPO adds a small KL penalty on every token). The
-critic V predicts the reward still to come. The advantage A[t] compares V[t] with what followed token
-t; PPO makes a token likelier if A[t] > 0. How many rewards should we wait for before we trust V for
-the rest?
+is the reward model's score, paid on the last token (PPO adds a small KL penalty on every token).
+The critic V predicts the reward still to come. The advantage A[t] compares V[t] with what followed
+token t; PPO makes a token likelier if A[t] > 0. How many rewards should we see before we trust V?
 
     1 step       A1[t] = r[t] + gamma V[t+1] - V[t]                    = delta[t], the TD error
     2 steps      A2[t] = r[t] + gamma r[t+1] + gamma^2 V[t+2] - V[t]   = delta[t] + gamma delta[t+1]
-    n steps      An[t] = n rewards, then gamma^n V[t+n], minus V[t]    = sum over l < n of
-                                                                         gamma^l delta[t+l]
+    n steps      An[t] = n rewards, then gamma^n V[t+n], minus V[t]    = sum of gamma^l delta[t+l]
     to the end   all the rewards, minus V[t]                           = Monte Carlo return - V[t]
 
 Few steps have low variance but inherit the critic's errors. Many steps are unbiased but noisy,
@@ -23,12 +21,10 @@ backward pass is enough:
     return[t] = A[t] + V[t]              the critic's target
 
 lambda 0 is one-step TD, lambda 1 is Monte Carlo. Use lambda close to 1 and gamma = 1: a response is
-short and its end matters most. Some articles call the mixture "eligibility traces" and its parts
-TD(0) (1 step), TD(1) (2 steps) and so on. Elsewhere the number in TD(.) is lambda, so TD(1) is Monte
-Carlo; the estimator is the same.
+short and its end matters most.
 
-Frame: with ids (B, T+1), action t chooses ids[:, t+1], and V[t] is the value of the state before it.
-The mask is 1 on response tokens, the end token included: each row is zeros (prompt), then ones, then
+Frame: with ids (B, T+1), action t chooses ids[:, t+1], and V[t] is the value of the state before
+it. The mask is 1 on response tokens, the end token included: each row is zeros (prompt), ones,
 zeros (padding). After the last 1 the episode is over and the value is 0, whatever the critic says
 there. Never bootstrap, not even if the response was cut for length (PPO penalises that instead).
 
@@ -37,8 +33,7 @@ there. Never bootstrap, not even if the response was cut for length (PPO penalis
     python -m pytest tests/test_gae.py   # the statements above, as tests
 
 Sources: GAE, arXiv:1506.02438 eq. 16; in PPO, arXiv:1707.06347 eq. 11-12; for language models,
-arXiv:2009.01325 (gamma 1, lambda .95) and InstructGPT, arXiv:2203.02155 (no discount, lambda not
-given). Whitening: openai/lm-human-preferences.
+arXiv:2009.01325 (gamma 1, lambda .95). Whitening: openai/lm-human-preferences.
 """
 from dataclasses import dataclass
 
@@ -64,10 +59,9 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
                      second episode); outside it, rewards and values may be anything, even NaN
     gamma, lam       discount and GAE's lambda, both in [0, 1]
 
-    Returns (advantages, returns), each (B, T), fp32 (fp64 if given fp64), 0 outside the mask, without
-    gradient. The advantages are not whitened: advantages + values is a target for V only in the
-    reward's units. Raises ValueError if the shapes differ or are not (B, T), or if gamma or lam is
-    outside [0, 1].
+    Returns (advantages, returns), each (B, T), fp32 (fp64 if given fp64), 0 outside the mask,
+    without gradient and not whitened: advantages + values is V's target in the reward's units.
+    Raises ValueError if shapes differ or are not (B, T), or if gamma or lam is outside [0, 1].
     """
     shapes = [tuple(x.shape) for x in (rewards, values, mask)]
     if rewards.ndim != 2 or len(set(shapes)) > 1:
@@ -102,8 +96,7 @@ def whiten(x, mask):
     x, mask: the same shape, usually (B, T), else ValueError; x outside the mask may be anything.
     Returns that shape, 0 outside the mask, without gradient. A single element gives 0.
 
-    Over the batch, never per row: with a mean of 0 in every row, it would be lost which response was
-    better.
+    Over the batch, never per row: a mean of 0 in every row would hide which response was better.
     """
     if x.shape != mask.shape:
         raise ValueError(f"whiten needs x and mask of the same shape, "
@@ -121,14 +114,13 @@ def print_episode(ids, mask, columns):
     for t, row in enumerate(columns):
         print(f"{t}  {ids[t]:<10}  {ids[t + 1]:<8} {mask[0, t]:>4}",
               "{:8.2f} {:9.2f} {:8.2f} {:9.6f} {:9.6f} {:9.4f}".format(*row))
-    print("Read bottom-up: V is 0 after the last token, so the final delta is reward - V; the .90 of\n"
-          "the padding is unused. Each A is its delta + gamma * lambda * the A below. Whitening keeps\n"
-          "the order, not the unit or the sign.")
+    print("Read bottom-up: V is 0 after the last token, so the final delta is reward - V. The .90\n"
+          "on padding is unused. Each A is its delta + gamma * lambda * the A below.")
 
 
 def print_mixture(deltas, advantage, gamma, lam):
     """Print the n-step advantages of an episode of 3 actions and their weights. deltas: (3,)."""
-    print(f"\nThe first A, {advantage:.6f}, as a mixture of n-step advantages")
+    print(f"\nThe first A, {advantage:.6f}, is a mixture of n-step advantages:")
     for n in (1, 2, 3):
         a_n = sum(gamma ** k * deltas[k] for k in range(n))
         # More than 3 steps stop at the end, too, so n = 3 gets all the remaining weight.
@@ -144,10 +136,9 @@ def print_lambdas(actions, pairs):
     for t, action in enumerate(actions):
         cells = ["".join(f"{x[t]:9.4f}" for x in triple) for triple in zip(*pairs)]
         print(f"{action:<8}" + "    ".join(cells))
-    print("Lambda 0 trusts V after one token: low variance, but only the last token sees the score,\n"
-          "which travels back through V by about one token per update. Lambda 1 has no bias, but the\n"
-          "noise of all later tokens. At .95 the score counts .95 one token back, .90 two, .006 a\n"
-          "hundred: long responses need more.")
+    print("Lambda 0 has low variance, but only the last token sees the score; it travels back\n"
+          "through V by one token per update. Lambda 1 has no bias, but the noise of all later\n"
+          "tokens. At .95 the score counts .95 one token back, .90 two, .006 a hundred.")
 
 
 def main(cfg):

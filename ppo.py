@@ -10,8 +10,8 @@ models take part:
 
     maximise  E[ r(x, y) - beta * log( pi(y|x) / pi_ref(y|x) ) ] + ptx * E_text[ log pi(text) ]
 
-(InstructGPT, eq. 2). One update: sample, score, reward per token (a KL penalty on each, the score on
-the last), advantages by GAE (gae.py), a few epochs of clipped steps (PPO, 1707.06347, eq. 7):
+(InstructGPT, eq. 2). One update: sample, score, reward per token (a KL penalty on each, the score
+on the last), advantages by GAE (gae.py), a few epochs of clipped steps (PPO, 1707.06347, eq. 7):
 
     ratio  = pi_new(a|s) / pi_old(a|s)
     loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )

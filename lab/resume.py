@@ -1,4 +1,4 @@
-"""A killed run resumes bit for bit: a small run is killed again and again and ends with the same bits.
+"""A run that is killed three times ends with the same bits as one that is not.
 
     python lab/resume.py
 """

@@ -73,7 +73,8 @@ def save_checkpoint(path, older=None, **state):
         except BaseException as e:
             temporary.unlink(missing_ok=True)
             # torch wraps a full disk in a RuntimeError; raise the OSError instead.
-            raise e.__context__ if isinstance(e.__context__, OSError) else e
+            cause = e.__context__ if isinstance(e.__context__, OSError) else e
+            raise cause from None
     barrier()   # no other rank may read the file earlier
 
 
