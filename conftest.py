@@ -1,9 +1,9 @@
-"""Put the root on the import path for plain `pytest`, and skip slow tests without --slow."""
+"""Being here, this file puts the root on the path, so that plain `pytest` finds the modules, too. Long proofs run with --slow."""
 import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--slow", action="store_true", help="also the proofs that take minutes")
 
 
 def pytest_configure(config):
@@ -11,8 +11,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest --slow"))
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long proof: python -m pytest --slow"))
