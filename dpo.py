@@ -18,8 +18,8 @@ prompt stay in one batch, as in reward.py: each passes once, however many pairs 
     python dpo.py --data pairs.jsonl.gz --out out/mine     pairs or ranks, see data/README.md
     python dpo.py --nll 0.2 --name dpo-nll                 variants: --loss ipo, --pairs extreme
 
-75 seconds on one CPU core. Needs OUT/sft.pt and trains it first if it is missing. Read next:
-evaluate.py, self_reward.py. Elsewhere: metrics (scaffold/health.py), pairs (data/rankings.py).
+75 seconds on one CPU core. Needs OUT/sft.pt and trains it first if missing. Read next: evaluate.py.
+Elsewhere: metrics (scaffold/health.py), pairs (data/rankings.py).
 """
 import random
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ def sampled(policy, reference, enc, records, gold, cfg):
     """Return KL to the reference (nats per response), length and gold of samples of the policy."""
     if not records:
         return {}
-    prompts = [sft.render_prompt(r["prompt"], enc) for r in records]
+    prompts = [r["ids"] for r in records]
     responses = gpt.generate(policy, prompts, cfg.max_new_tokens, stop=end_of(enc), seed=cfg.seed)
     examples = [sft.Example(torch.tensor(p + a), torch.tensor([0] * len(p) + [1] * len(a)))
                 for p, a in zip(prompts, responses)]
@@ -180,11 +180,9 @@ def main(cfg):
     examples, pairs = flatten(train, cfg.pairs, rng)
     val_examples, val_pairs = flatten(val, "all", rng)
     val_pairs = [pair for of_prompt in val_pairs for pair in of_prompt]
-    shown = [c.record for c in val
-             if len(sft.render_prompt(c.record["prompt"], enc)) < block_size][:256]
+    shown = sft.fit_prompts([c.record for c in val], enc, block_size - 1)[:256]
     gold = load_grader(cfg.gold, shown)
-    # The reference never changes: its log-probs of all responses serve all epochs.
-    ref = all_logprobs(reference, examples)                                   # (N,)
+    ref = all_logprobs(reference, examples)   # (N,), once: the reference never changes
     val_ref = all_logprobs(reference, val_examples)
     n_tokens = torch.tensor([e.mask.sum() for e in examples])                 # (N,)
     used = [{i for pair in of_prompt for i in pair} for of_prompt in pairs]

@@ -91,8 +91,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v)                                   # (B, H, S, D), S >= T
         if T > 1 or cache is None:
-            # A cache is filled once, from empty: a long input starts at position 0 and plain
-            # causality is right.
+            # A cache is filled once, from empty, so plain causality is right.
             y = F.scaled_dot_product_attention(
                 q, k[:, :, :T], v[:, :, :T], attn_mask=mask, is_causal=mask is None,
                 dropout_p=self.dropout if self.training else 0.0)
@@ -359,9 +358,8 @@ def lm_loss(model, ids, segments, reduction="mean"):
 @torch.no_grad()
 def val_loss(model, sources, enc, device, limit=40_000):
     """Return (nats per token, weighted like the sources; bits per byte), of `limit` tokens each."""
-    was_training = model.training
+    was_training, T = model.training, model.config.block_size
     model.eval()
-    T = model.config.block_size
     n_bytes = torch.tensor([float(len(b)) for b in token_bytes(enc)])         # (V,)
     weighted = weights = nats = size = 0.0
     for source in sources.values():
@@ -436,9 +434,9 @@ def main(cfg):
             run.bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val_loss']:.3f}")
         run.log(**row)
     epochs = {name: round(n / size[name], 2) for name, n in drawn.items()}
-    print(f"validation loss {row['val_loss']:.3f} nats per token, "
-          f"{row['bits_per_byte']:.3f} bits per byte, "
-          f"{sum(drawn.values()) / run.seconds():,.0f} tokens/s; epochs per source: {epochs}")
+    speed = sum(drawn.values()) / run.seconds()
+    print(f"validation loss {row['val_loss']:.3f} nats per token, {row['bits_per_byte']:.3f} bits "
+          f"per byte, {speed:,.0f} tokens/s; epochs per source: {epochs}")
     save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data,
                val_fraction=cfg.val_fraction, mixture=cfg.mixture, val_loss=row["val_loss"])
     run.finish()

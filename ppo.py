@@ -230,22 +230,19 @@ def next_prompts(prompts, order, n, rng):
 
 
 def check(cfg):
-    require(cfg, 1, "updates", "epochs", "minibatches", "max_new_tokens")
+    require(cfg, 1, "updates", "epochs", "max_new_tokens")
     require(cfg, 2, "rollout_size")
+    require(cfg, 1, "minibatches", most=cfg.rollout_size)
     require(cfg, 0, "gamma", "lam", "clip", most=1)
-    require(cfg, 0, "beta", "ptx", "target_kl", "stop_kl", "value_clip", "lr", "value_warmup")
+    require(cfg, 0, "beta", "ptx", "target_kl", "stop_kl", "value_clip", "lr")
+    require(cfg, 0, "value_warmup", most=cfg.updates - 1)   # at least one update trains the policy
+    check_name(cfg, "gpt", "sft", "reward", "dpo")
     if cfg.offline and cfg.target_kl:
         raise UserError("--offline with --target-kl: frozen samples do not show the policy's KL")
     if cfg.target_kl and not cfg.beta:
         raise UserError("--beta 0 with --target-kl: 0 cannot adapt; start from --beta 0.1")
-    if cfg.value_warmup >= cfg.updates:
-        raise UserError(f"--value-warmup {cfg.value_warmup}: leaves no update for the policy; "
-                        f"must be below --updates {cfg.updates}")
-    if cfg.minibatches > cfg.rollout_size:
-        raise UserError(f"--minibatches {cfg.minibatches}: more than --rollout-size")
     if cfg.rollout_size % world_size():
         raise UserError(f"--rollout-size {cfg.rollout_size}: not a multiple of the processes")
-    check_name(cfg, "gpt", "sft", "reward", "dpo")
 
 
 def main(cfg):
@@ -259,20 +256,24 @@ def main(cfg):
     reward_model.requires_grad_(False)
     value_model = reward.load_reward(out / "reward.pt", device)[0]
     if fingerprint(enc) != fingerprint(reward_enc):
-        raise UserError(f"{out}: sft.pt and reward.pt use different tokenizers; "
-                        f"train the reward model again")
+        raise UserError(f"{out}: sft.pt and reward.pt differ in tokenizer; train reward.pt again")
     village = not cfg.prompts
     if village:
         folder = rank0_first(lambda: corpus.ensure(out / "data", cfg.seed))
         cfg.prompts = str(folder / "prompts_train.jsonl")
     block_size = policy.config.block_size
-    prompts = sft.fit_prompts(load_prompts(cfg.prompts), enc, block_size, cfg.max_new_tokens)
+    room = block_size - cfg.max_new_tokens   # tokens of the longest prompt
+    prompts = sft.fit_prompts(load_prompts(cfg.prompts), enc, room)
+    if not prompts:
+        raise UserError(f"{cfg.prompts}: no prompt has at most {room} tokens; lower "
+                        f"--max-new-tokens, or pretrain with a larger --block-size")
     gold = load_grader(cfg.gold, prompts)
     if cfg.ptx:
         text = checkpoint_text(out / "gpt.pt", enc, block_size, cfg.text)
         odds = document_odds(text, block_size)
 
-    policy_optimizer, value_optimizer = adamw(policy, cfg.lr), adamw(value_model, cfg.lr)
+    policy_optimizer = adamw(policy, cfg.lr)
+    value_optimizer = adamw(value_model, cfg.lr)
     rng, order = random.Random(cfg.seed), []   # order: prompts left in this pass
     state = {"beta": cfg.beta, "warned": {}}
     run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy,
@@ -316,8 +317,7 @@ def main(cfg):
                    beta=cfg.beta)
     run.finish()
     if village:   # prompts of users the policy has not seen
-        unseen = load_prompts(folder / "prompts_val.jsonl")
-        prompts = sft.fit_prompts(unseen, enc, block_size, cfg.max_new_tokens)
+        prompts = sft.fit_prompts(load_prompts(folder / "prompts_val.jsonl"), enc, room)
     shown = [p["prompt"] for p in prompts[:4]]
     before = sft.sample_responses(reference, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     after = sft.sample_responses(policy, enc, shown, cfg.max_new_tokens, seed=cfg.seed)

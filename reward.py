@@ -1,16 +1,15 @@
 """The reward model: learn from rankings which response is better.
 
-Idea. Nobody can write down a formula for "helpful", but people can say which of K responses is
-better. Take the fine-tuned model, replace its unembedding (C -> V) by one linear layer (C -> 1),
-and train this score to be larger for the better response (InstructGPT, 2203.02155, eq. 1):
+Idea. There is no formula for "helpful", but people can say which of K responses is better. Take the
+fine-tuned model, replace its unembedding (C -> V) by one linear layer (C -> 1), and train this
+score to be larger for the better response (InstructGPT, 2203.02155, eq. 1):
 
     loss = -1/P * sum over the P pairs (w better than l) of log sigmoid( r(x, w) - r(x, l) )
 
 The score is read at the end token, which has seen the whole response. The K responses of a prompt
-stay in one batch: K forward passes serve K(K-1)/2 pairs, and no response is trained on K-1 times,
-which would overfit (footnote 5). Tied responses give no pair. At the end the scores are normalised
-to mean 0 and std 1 on samples of the fine-tuned model, so that PPO's KL coefficient means the same
-for every reward model.
+share a batch: K forward passes serve K(K-1)/2 pairs, and no response is trained on K-1 times, which
+would overfit (footnote 5). Ties give no pair. At the end the scores get mean 0 and std 1 on samples
+of the fine-tuned model, so that PPO's KL coefficient means the same for every reward model.
 
     python reward.py                                        rankings by the village's labelers
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
@@ -144,10 +143,9 @@ def tokenize(records, enc, block_size):
         comparisons.append(Comparison(rows, len(prompt), {**r, **kept}))
     if cut or lost:
         print(f"{cut} of {len(records)} prompts lose their beginning to fit the context of "
-              f"{block_size} tokens; {lost} responses longer than the context are skipped")
+              f"{block_size}; {lost} responses that do not fit at all are skipped")
     if not comparisons:
-        raise UserError(f"no comparison fits the context of {block_size} tokens; "
-                        f"pretrain with a larger --block-size")
+        raise UserError(f"no comparison fits the context of {block_size}; use a larger --block-size")
     return comparisons
 
 
@@ -165,7 +163,7 @@ def score_rows(model, rows, device, batch=256):
     for first in range(0, len(order), batch):
         chunk = order[first:first + batch]
         lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
-        ids = pad([rows[i] for i in chunk]).to(device)                    # (b, T)
+        ids = pad([rows[i] for i in chunk]).to(device)                        # (b, T)
         for i, score in zip(chunk, model.score(ids, lengths).tolist()):
             scores[i] = score
     return scores
@@ -212,10 +210,10 @@ def batch_loss(model, comparisons, device, cfg):
     """Return the loss of a batch, averaged over all processes."""
     rows = [ids for c in comparisons for ids in c.rows]
     lengths = torch.tensor([len(r) for r in rows], device=device)             # (sum of K,)
-    ids = pad(rows).to(device)                                            # (sum of K, T)
+    ids = pad(rows).to(device)                                                # (sum of K, T)
     if cfg.loss == "ranking":
         flat = model.score(ids, lengths)                                      # (sum of K,)
-        scores = pad(list(flat.split([len(c.rows) for c in comparisons])))   # (B, K)
+        scores = pad(list(flat.split([len(c.rows) for c in comparisons])))    # (B, K)
         ranks = rank_tensor([c.record["ranks"] for c in comparisons]).to(device)
         return global_mean(ranking_loss(scores, ranks), len(comparisons))     # all have a pair
     if cfg.loss == "regression":
@@ -227,12 +225,10 @@ def batch_loss(model, comparisons, device, cfg):
 
 def normalise(model, policy, enc, records, cfg):
     """Normalise the scores to mean 0 and std 1 on samples of the policy (1909.08593 does both)."""
-    block_size = policy.config.block_size
-    chats = [r["prompt"] for r in records if len(sft.render_prompt(r["prompt"], enc)) < block_size]
-    chats = chats[:cfg.normalise_on]
+    fitting = sft.fit_prompts(records, enc, policy.config.block_size - 1)
+    chats = [r["prompt"] for r in fitting[:cfg.normalise_on]]
     if len(chats) < 2:
-        raise UserError(f"--normalise-on {cfg.normalise_on}: {len(chats)} prompts fit the context; "
-                        f"a mean and a std need 2 or more")
+        raise UserError(f"--normalise-on {cfg.normalise_on}: fewer than 2 prompts fit the context")
     responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     model.mean.zero_()
     model.std.fill_(1)
@@ -316,9 +312,8 @@ def main(cfg):
         run.log(**row)
         print_row(row)
     run.finish()
-    scores = score_all(model, val, device)
-    widest = max(zip(val, scores), key=lambda pair: max(pair[1]) - min(pair[1]))
-    print_ranking(widest[0].record, widest[1])
+    scored = zip([c.record for c in val], score_all(model, val, device))
+    print_ranking(*max(scored, key=lambda x: max(x[1]) - min(x[1])))   # the widest spread
     print(f"---\nsaved {out / 'reward.pt'}; next: python ppo.py --out {out}")
 
 

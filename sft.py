@@ -105,8 +105,8 @@ def tokenize(chats, enc, block_size):
         else:
             lost += 1
     if cut:
-        print(f"{cut} of {len(chats)} chats exceed the context of {block_size} tokens and lose "
-              f"their end; {lost} of them have no response left and are skipped")
+        print(f"{cut} of {len(chats)} chats lose their end to fit the context of {block_size}; "
+              f"{lost} have no response left and are skipped")
     if not examples:
         raise UserError(f"no chat has a response within the context of {block_size} tokens; "
                         f"pretrain with a larger --block-size")
@@ -120,20 +120,13 @@ def collate(examples, rows, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
-def fit_prompts(records, enc, block_size, max_new_tokens):
-    """Tokenize prompts -> records with "ids"; prompts without room for a response are skipped."""
-    fitting = []
-    for r in records:
-        ids = render_prompt(r["prompt"], enc)
-        if len(ids) + max_new_tokens <= block_size:
-            fitting.append({**r, "ids": ids})
-    n = len(records) - len(fitting)
-    if n:
-        print(f"{n} of {len(records)} prompts skipped: prompt and {max_new_tokens} new tokens "
-              f"exceed the context of {block_size}")
-    if not fitting:
-        raise UserError("no prompt fits the context; lower --max-new-tokens, "
-                        "or pretrain with a larger --block-size")
+def fit_prompts(records, enc, most):
+    """Return the records whose prompt has at most `most` tokens, with these tokens as "ids"."""
+    records = [r | {"ids": render_prompt(r["prompt"], enc)} for r in records]
+    fitting = [r for r in records if len(r["ids"]) <= most]
+    if len(fitting) < len(records):
+        print(f"{len(records) - len(fitting)} of {len(records)} prompts skipped: "
+              f"longer than {most} tokens")
     return fitting
 
 
@@ -216,17 +209,14 @@ def main(cfg):
     examples = tokenize(train, enc, block_size)
     val_examples = tokenize(val, enc, block_size)
     prompts = [c | {"prompt": prompt_of(c["messages"])} for c in val]
-    prompts = [p for p in prompts
-               if p["prompt"] and len(render_prompt(p["prompt"], enc)) < block_size]
-    if cfg.select == "reward" and not prompts:
-        raise UserError("--select reward: no validation prompt fits into the context")
+    prompts = fit_prompts([p for p in prompts if p["prompt"]], enc, block_size - 1)
     shown = [p["prompt"] for p in prompts[:3]]
     before = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     if cfg.select == "reward":
         import reward   # lazy: a later stage, which only this choice needs
-        if not (out / "reward.pt").exists():
-            raise UserError(f"--select reward needs {out / 'reward.pt'}; train it on a first "
-                            f"sft.pt: python reward.py --out {out}")
+        if not (out / "reward.pt").exists() or not prompts:
+            raise UserError(f"--select reward needs prompts that fit the context, and "
+                            f"{out / 'reward.pt'}; train it first: python reward.py --out {out}")
         judge = reward.load_reward(out / "reward.pt", device)[0]
         gold = load_grader(cfg.gold, prompts)
 
