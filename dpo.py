@@ -190,7 +190,6 @@ def main(cfg):
     plan = reward.batch_plan(sizes, cfg, rng)
     print(f"dpo.py: {len(pairs):,} prompts, {sum(map(len, used)):,} responses, "
           f"{sum(map(len, pairs)):,} pairs, {len(plan)} steps, device {device}")
-
     optimizer = adamw(policy, cfg.lr)
     table = []   # one row per evaluation
     run = Run(cfg, cfg.name, [out / "sft.pt", cfg.data, cfg.val], policy=policy,

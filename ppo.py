@@ -177,15 +177,11 @@ def rollout(sampler, policy, reference, reward_model, value_model, prompts, end,
 
 
 def losses(policy, value_model, b, advantages, returns, rows, cfg):
-    """Return (policy loss, value loss, statistics) of these rows of a rollout.
-
-    No autocast: bf16 would blur the ratio of two nearly equal policies.
-    """
+    """Return (policy loss, value loss, statistics) of these rows of a rollout."""
     T = int(b.lengths[rows].max())
-    ids = b.ids[rows, :T]                                                     # (b, T)
+    ids = b.ids[rows, :T]   # (b, T); no autocast: bf16 would blur a ratio near 1
     mask = b.mask[rows, :T - 1]                                               # (b, T-1)
-    old_logprobs = b.old_logprobs[rows, :T - 1]
-    old_values = b.values[rows, :T - 1]
+    old_logprobs, old_values = b.old_logprobs[rows, :T - 1], b.values[rows, :T - 1]
     logprobs = gpt.token_logprobs(policy, ids)
     values = value_model(ids)[:, :-1]
     advantages, returns = advantages[rows, :T - 1], returns[rows, :T - 1]
@@ -322,14 +318,11 @@ def main(cfg):
     before = sft.sample_responses(reference, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     after = sft.sample_responses(policy, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)
-    print(f"---\nsaved {out / cfg.name}.pt")
-    if village and gold:
-        if cfg.table:
-            import evaluate   # lazy: a later stage, which only the closing table needs
-            print("--- on prompts of users that no stage has seen")
-            evaluate.main(evaluate.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
-        else:
-            print(f"next: python evaluate.py --out {out}")
+    print(f"---\nsaved {out / cfg.name}.pt; next: python chat.py --out {out}")
+    if village and gold and cfg.table:
+        import evaluate   # lazy: a later stage, which only the closing table needs
+        print("--- on prompts of users that no stage has seen")
+        evaluate.main(evaluate.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def tokenize(records, enc, block_size):
         print(f"{cut} of {len(records)} prompts lose their beginning to fit the context of "
               f"{block_size}; {lost} responses that do not fit at all are skipped")
     if not comparisons:
-        raise UserError(f"no comparison fits the context of {block_size}; use a larger --block-size")
+        raise UserError(f"no comparison fits the context of {block_size}; use a larger one")
     return comparisons
 
 
@@ -285,9 +285,8 @@ def main(cfg):
     train, val = ranked_data(cfg, out, enc, policy.config.block_size)
     set_seed(cfg.seed)   # again: whether the rankings were made just now must not change the head
     model = RewardModel(gpt.load_model(out / "sft.pt", device)[0]).to(device)
-
-    rng = random.Random(cfg.seed)
-    plan = batch_plan([len(c.rows) * max(map(len, c.rows)) for c in train], cfg, rng)
+    sizes = [len(c.rows) * max(map(len, c.rows)) for c in train]
+    plan = batch_plan(sizes, cfg, random.Random(cfg.seed))
     optimizer = adamw(model, cfg.lr, 0.01)
     run = Run(cfg, "reward", [out / "sft.pt", cfg.data, cfg.val], model=model, optimizer=optimizer)
     print(f"reward.py: {len(train):,} prompts, {sum(len(c.rows) for c in train):,} responses, "
