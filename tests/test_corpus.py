@@ -1,0 +1,71 @@
+"""The files: no user in two splits, held-out phrasings held out, same bytes for the same seed."""
+import json
+from collections import Counter
+
+import pytest
+
+from data import corpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("world"), seed=3, megabytes=0.3)
+
+
+def records(folder, name):
+    with open(folder / f"{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def files(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def test_no_user_is_in_two_splits_or_asks_more_than_200_times(folder):
+    users, asked = {}, Counter()
+    for name in corpus.SIZES:
+        split = name.split("_")[1]
+        split = split if split in ("train", "val") else "test"
+        for record in records(folder, name):
+            users.setdefault(split, set()).add(record["user"])
+            asked[record["user"]] += 1
+    assert set(users) == {"train", "val", "test"}
+    assert max(asked.values()) <= corpus.CAP
+    assert not users["train"] & users["val"]
+    assert not users["train"] & users["test"]
+    assert not users["val"] & users["test"]
+
+
+def test_the_last_phrasing_of_a_task_is_in_prompts_rephrased_alone(folder):
+    def prompts(name):
+        return [record["prompt"][-1]["content"] for record in records(folder, name)]
+
+    for prompt in prompts("prompts_train"):
+        assert not prompt.startswith(("Make up a tale", "Praise ", "Any "))
+    last = ("Make up a", "Praise", "Any")
+    assert any(prompt.startswith(last) for prompt in prompts("prompts_rephrased"))
+
+
+def test_unanswerable_prompts_have_no_known_answer(folder):
+    for record in records(folder, "prompts_unanswerable"):
+        assert record["task"]["known"] is False
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(tmp_path, folder):
+    again = corpus.write(tmp_path / "a", 3, 0.3)
+    other = corpus.write(tmp_path / "b", 4, 0.3)
+    names = files(folder)
+    assert len(names) > 12
+    assert names == files(again)
+    for name in names:
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+    assert (folder / "sft_train.jsonl").read_bytes() != (other / "sft_train.jsonl").read_bytes()
+
+
+def test_an_incomplete_folder_is_written_again(tmp_path, monkeypatch):
+    corpus.write(tmp_path, 3, 0.05)
+    (tmp_path / "village.json").unlink()
+    (tmp_path / "sft_train.jsonl").write_text("half")
+    monkeypatch.setattr(corpus, "SIZES", {"sft_train": 20})
+    corpus.ensure(tmp_path, 3)
+    assert len(records(tmp_path, "sft_train")) == 20
