@@ -75,13 +75,13 @@ def pattern(template, words=WORDS):
 
 
 def match(template, string):
-    """Read the words out of a string, {slot: word}; None if it does not fit the template."""
+    """Return the words of a string as {slot: word}; None if it does not fit the template."""
     found = pattern(template).fullmatch(string)
     return found.groupdict() if found else None
 
 
 def read(templates, string):
-    """Read the words out of a string by the first template that fits; None if none does."""
+    """Match a string with the first template that fits; None if none does."""
     for template in templates:
         words = match(template, string)
         if words is not None:
@@ -182,7 +182,7 @@ class Wishes(Kind):
         return found
 
     def meets(self, wish, task, found):
-        """Return whether the part of this name is there and has all the words that were wished."""
+        """Return whether the part of a wish is there and has the words that the prompt asks for."""
         if wish not in found:
             return False
         return all(found[wish].get(slot) == task[slot] for slot in slots(self.PARTS[wish][0]))
@@ -544,7 +544,7 @@ def gold(task, response):
 def demonstration(task, rng):
     """Write a response as the web would: often careless, invented or rude."""
     response = KINDS[task["kind"]].answer(task, rng)
-    # "I do not know" also appears where it is wrong. Otherwise it would be safe to say always.
+    # "I do not know" also appears where it is wrong. Otherwise it would be a safe response always.
     if task.get("known", True) and rng.random() < 0.05:
         response = rng.choice(IGNORANCE)
     if rng.random() < RUDE:
