@@ -1,19 +1,30 @@
-"""The village in files: pretraining documents, chats and prompts; no user is in two splits.
+"""Write the village to files: pretraining documents, chats, and prompts.
+
+No user is in two splits. The files have the formats that users bring; data/README.md shows two
+records of each.
 
     python data/corpus.py                            write the data of seed 0 to out/data
     python data/corpus.py --out d1 --seed 1          other documents of the same world
-
-The files have the formats that users bring. data/README.md shows two records of each.
 """
-import argparse
 import json
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.formats import write_records
+from data.text import write_text
 from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, WORDS, Brainstorm, OpenQA,
                           demonstration, new_task, picker, slots)
+from scaffold.cli import run_folder, start
+
+
+@dataclass
+class Config:
+    out: str = "out/data"        # folder for the files
+    seed: int = 0                # another seed gives other documents of the same world
+
 
 USERS = 160
 CAP = 200                               # prompts per user at most, as in InstructGPT's data
@@ -112,17 +123,15 @@ def write_texts(folder, sources, rng, megabytes):
 
     sources: {name: (function that writes a document, share)}, as in SOURCES.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (document, share) in sources.items():
         size = 0
         documents = []
         while size < share * megabytes * 1e6:
             documents.append(document(rng))
             size += len(documents[-1].encode()) + 2
-        text = "\n<|end|>\n".join(documents) + "\n"
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / f"{name}.txt", "\n<|end|>\n".join(documents) + "\n")
     mixture = {name: share for name, (_, share) in sources.items()}
-    (folder / "mixture.json").write_text(json.dumps(mixture))
+    write_text(folder / "mixture.json", json.dumps(mixture))
 
 
 def user_picker(favourites, rng):
@@ -156,7 +165,7 @@ def make_chat(task, messages, pick, rng):
 def write(folder, seed=0, megabytes=12.0):
     """Write all files of one seed. Return the folder.
 
-    No user is in two splits. A user asks similar things, so a random split would leak.
+    Splits share no user: a user asks similar things, so a random split would leak.
     """
     folder = Path(folder)
     rng = random.Random(seed)
@@ -183,10 +192,9 @@ def write(folder, seed=0, megabytes=12.0):
                 records.append({"messages": messages, "user": user, "task": task})
             else:
                 records.append({"prompt": messages, "user": user, "task": task})
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        write_records(folder / f"{name}.jsonl", records)
     # Written last, because ensure() takes this file as the sign of a complete folder.
-    (folder / "village.json").write_text(json.dumps({"seed": seed}))
+    write_text(folder / "village.json", json.dumps({"seed": seed}))
     return folder
 
 
@@ -207,15 +215,10 @@ def ensure(folder, seed=0):
     return Path(folder)
 
 
+def main(cfg):
+    folder = write(run_folder(cfg.out), cfg.seed)
+    print(f"wrote {folder}: pretrain/*.txt and {', '.join(SIZES)}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out/data", help="folder for the files [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the documents [%(default)s]")
-    args = parser.parse_args()
-    try:
-        write(args.out, args.seed)
-    except OSError as e:
-        print(f"corpus.py: --out {args.out}: {e.strerror}; name a folder", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {Path(args.out)}: pretrain/*.txt and {', '.join(SIZES)}")
+    start(main, Config, __doc__)

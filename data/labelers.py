@@ -7,21 +7,24 @@ so close responses are tied. Two labelers agree on 70 to 73% of the pairs that n
     python data/labelers.py                          make OUT/data/ranked_*.jsonl with OUT/sft.pt
     python data/labelers.py --show 3                 and print three ranked prompts
 """
-import argparse
-import json
-import os
 import random
 import sys
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt
-import sft
 from data import corpus, village
+from data.formats import read_records, write_records
+from scaffold.cli import BaseConfig, UserError, pick_device, start
 
 LABELERS = 12
+
+
+@dataclass
+class Config(BaseConfig):
+    show: int = 0                # ranked prompts to print in the end
 
 
 class Habit(NamedTuple):
@@ -55,16 +58,18 @@ def rank(model, enc, prompts, seed=0, max_new_tokens=64):
     """Sample responses to prompts and rank them.
 
     Return the records with "responses", "ranks", "scores", "labeler" and "ranks_other", which a
-    second labeler gives. A record is left out if all its responses are tied.
+    second labeler gives. A prompt is skipped if all its responses are tied.
     """
+    import sft   # a later stage, so not imported at the top
+
     rng = random.Random(seed)
     people = habits(seed)
     sizes = [rng.randint(4, 9) for _ in prompts]
     chats = [prompt["prompt"] for prompt, size in zip(prompts, sizes) for _ in range(size)]
     samples = []
     for start in range(0, len(chats), 1024):
-        samples += sft.reply(model, enc, chats[start:start + 1024], max_new_tokens,
-                             seed=seed + start)
+        samples += sft.sample_responses(model, enc, chats[start:start + 1024], max_new_tokens,
+                                        seed=seed + start)
     records = []
     remaining = iter(samples)
     for prompt, size in zip(prompts, sizes):
@@ -83,60 +88,44 @@ def ensure(out, seed=0, device="auto"):
     """Return the paths of the ranked training and validation files.
 
     They are made from OUT/sft.pt first if they are missing or older than that model, since people
-    rank the responses of the present model.
+    rank the responses of the present model. Raises UserError if there is no OUT/sft.pt.
     """
+    import gpt   # a later stage, so not imported at the top
+
     folder = corpus.ensure(Path(out) / "data", seed)
     checkpoint = Path(out) / "sft.pt"
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint} is missing; make it with: python sft.py --out {out}")
     model_time = checkpoint.stat().st_mtime
     paths = [folder / "ranked_train.jsonl", folder / "ranked_val.jsonl"]
     if all(path.exists() and path.stat().st_mtime >= model_time for path in paths):
         return [str(path) for path in paths]
     print(f"no ranked responses of {checkpoint} in {folder}: sampling and ranking them")
-    model, enc, _ = gpt.load_model(checkpoint, gpt.pick_device(device))
+    model, enc, _ = gpt.load_model(checkpoint, pick_device(device))
     for path, name in zip(paths, ["rank_train", "rank_val"]):
-        with open(folder / f"{name}.jsonl", encoding="utf-8") as file:
-            prompts = [json.loads(line) for line in file]
+        prompts = [record for _, record in read_records(folder / f"{name}.jsonl")]
         records = rank(model, enc, prompts, seed)
         message = f"{path.name}: {len(records):,} prompts"
         if len(records) < len(prompts):
-            message += f"; {len(prompts) - len(records)} more with all responses tied are left out"
+            message += f"; {len(prompts) - len(records)} more with all responses tied are skipped"
         print(message)
-        part = path.with_suffix(".part")
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, path)
+        write_records(path, records)
     return [str(path) for path in paths]
 
 
 def show(path, n):
     """Print n ranked prompts, the best response first."""
-    for line in open(path, encoding="utf-8").readlines()[:n]:
-        record = json.loads(line)
+    for _, record in read_records(path)[:n]:
         print(record["prompt"][-1]["content"])
         for place, response in sorted(zip(record["ranks"], record["responses"])):
             print(f"    rank {place}  {response}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder of the run [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--show", type=int, default=0, metavar="N",
-                        help="then print N ranked prompts")
-    args = parser.parse_args()
-    try:
-        train, _ = ensure(args.out, args.seed, args.device)
-    except gpt.UserError as e:
-        print(f"labelers.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"labelers.py: {e.filename}: {e.strerror}; make it with: python sft.py "
-              f"--out {args.out}", file=sys.stderr)
-        sys.exit(2)
-    show(train, args.show)
+def main(cfg):
+    train, _ = ensure(cfg.out, cfg.seed, cfg.device)
+    if cfg.show:
+        show(train, cfg.show)
 
 
 if __name__ == "__main__":
-    main()
+    start(main, Config, __doc__)

@@ -2,8 +2,11 @@
 import random
 from itertools import combinations
 
-from data import labelers
+import pytest
+
+from data import corpus, labelers
 from data.village import demonstration, new_task
+from scaffold.cli import UserError
 
 
 def test_equal_scores_share_a_rank():
@@ -31,3 +34,9 @@ def test_two_labelers_agree_as_often_as_people_do():
             if one[i] != one[j] and two[i] != two[j]:
                 agree.append((one[i] > one[j]) == (two[i] > two[j]))
     assert 0.65 < sum(agree) / len(agree) < 0.78
+
+
+def test_a_missing_model_is_an_error_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "ensure", lambda folder, seed: folder)
+    with pytest.raises(UserError, match=f"python sft.py --out {tmp_path}"):
+        labelers.ensure(tmp_path)
