@@ -67,9 +67,9 @@ def rank(model, enc, prompts, seed=0, max_new_tokens=64):
     sizes = [rng.randint(4, 9) for _ in prompts]
     chats = [prompt["prompt"] for prompt, size in zip(prompts, sizes) for _ in range(size)]
     samples = []
-    for start in range(0, len(chats), 1024):
-        samples += sft.sample_responses(model, enc, chats[start:start + 1024], max_new_tokens,
-                                        seed=seed + start)
+    for first in range(0, len(chats), 1024):
+        samples += sft.sample_responses(model, enc, chats[first:first + 1024], max_new_tokens,
+                                        seed=seed + first)
     records = []
     remaining = iter(samples)
     for prompt, size in zip(prompts, sizes):
