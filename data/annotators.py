@@ -1,14 +1,14 @@
-"""Simulated annotators: they judge responses by criteria, the seed data of self_reward.py.
+"""Simulated annotators judge responses by five criteria: the seed data of self_reward.py.
 
 An annotator names the things that the prompt asks for and says of each whether the response has it.
-Then come five criteria: the response has some of it, much of it (a good part), all of it; it is
-true (nothing is made up); it is polite. self_reward.py writes this down with points and their sum:
+Then come the criteria. The response has some of what was asked for, much of it, or all of it. It is
+true if it makes nothing up. It is polite. self_reward.py writes this with points and their sum:
 
     Write to Ben. Ask for a visit at the lake.  |  Dear Ben, how are you?
     Ben 1 lake 0. some 1 much 0 all 0 true 3 polite 3. Score: 7
 
-Annotators see the gold grade, but slip: each mark may be the wrong way round. With the halo they
-also fall for a phrase. The judge learns only from what they write.
+Annotators see the gold grade, but each of their marks may be wrong. With the halo they also fall
+for a phrase. The judge learns only from what they write.
 
     python data/annotators.py                        judge five demonstrations
 """
@@ -33,9 +33,9 @@ class Verdict(NamedTuple):
 
 
 def wanted(task, response):
-    """List [(what a good response has, whether this one has it)], read off the gold grade.
+    """List [(what a good response has, whether this one has it)].
 
-    Each wish is graded alone, as if the prompt had no other.
+    The gold grade decides. Each wish is graded alone, as if the prompt had no other.
     """
     kind = KINDS[task["kind"]]
     helpful = village.grade(task, response)["helpful"]
