@@ -1,83 +1,91 @@
-"""Talk to a checkpoint in the terminal; a model that has learned to use the SQL tool may ask its database.
+"""Chat with a checkpoint in the terminal. A model from lab/tool_use.py can query a database.
 
-Every answer is sampled token by token and printed as it comes. A character of UTF-8 may span several tokens, so bytes are
-held back until they make a character; from `<<<` on, text is held back until `>>>` says that it is a call (tools.py), which is
-run, shown on a line of its own, and replaced by its result.
+Responses are printed while they are sampled. Two things delay a piece of text: the bytes of a UTF-8
+character may be spread over several tokens, and `<<<` may start a call (see tools.py). When `>>>`
+ends the call, the query runs, its result takes the place of the call, and stderr shows the query.
 
-    python chat.py                                             the best policy of OUT: ppo.pt, else dpo.pt, else sft.pt
-    python chat.py --checkpoint out/tools/sft.pt               with the shop that tools.py made
-    python chat.py --checkpoint out/tools/sft.pt --db my.db    with a database of your own
-    echo "What does the cow say?" | python chat.py             answers on stdout, notes on stderr, no prompts
+    python chat.py                                             the best policy in OUT
+    python chat.py --checkpoint out/tools/sft.pt               with the shop that tool_use.py made
+    python chat.py --checkpoint out/tools/sft.pt --db my.db    with your own database
+    echo "What does the cow say?" | python chat.py             responses on stdout, notes on stderr
 
-The whole talk is in the prompt, as long as it fits the context: then the oldest turns are forgotten, whole, and the system
-message is kept. A base model (gpt.pt) has not learned turns: it continues each line by itself.
+The prompt is the whole conversation while it fits the context. Then the oldest turns are dropped;
+the system message stays. A base model (gpt.pt) knows no turns: it continues each line.
 """
-import codecs, json, os, sys
+import codecs
+import json
+import os
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import gpt, sft, tools
-from gpt import UserError
+import gpt
+import sft
+import tools
+from run import UserError
 
-HELP = """/reset         forget the talk; the system message stays
-/system TEXT   set the system message; without TEXT: none. (The village's models have never seen one)
-/save FILE     write the talk to a new file, as one line that sft.py --data reads
-/quit          end; so do Ctrl-D and Ctrl-C"""
+HELP = """/reset         forget the conversation, except the system message
+/system TEXT   set the system message; without TEXT, remove it (the village's models know none)
+/save FILE     write the conversation to a new file, in a format that sft.py --data reads
+/quit          end; Ctrl-D and Ctrl-C do the same"""
 
 
 @dataclass
 class Config:
     out: str = "out"
-    "folder of the run whose best policy talks"
+    "folder of the run"
     checkpoint: str = ""
-    "the checkpoint to talk to; empty: OUT/ppo.pt, else dpo.pt, else sft.pt, else gpt.pt"
+    "the checkpoint to chat with; empty: OUT/ppo.pt, else dpo.pt, else sft.pt, else gpt.pt"
     db: str = ""
-    "a SQLite database that answers may ask, only ever read; empty: shop.db beside the checkpoint, if there is one"
+    "SQLite database for the model's queries, only read; empty: shop.db beside the checkpoint"
     system: str = ""
-    "system message to begin with"
+    "system message at the start"
     temperature: float = 0.7
-    "0 always takes the likeliest token; 1 samples as in training"
+    "0 always takes the most likely token; 1 samples as in training"
     max_new_tokens: int = 100
-    "longest piece of an answer"
+    "longest piece of a response"
     seed: int = 0
-    "same seed, same talk"
+    "same seed, same responses"
     device: str = "auto"
     "auto (cuda if there is one, else cpu), cpu, cuda or mps"
 
 
 @torch.no_grad()
 def stream(model, ids, max_new_tokens, temperature=1.0, rng=None):
-    """Continue ids (a list), one token at a time: what gpt.generate does for one prompt, as an iterator over token ids.
+    """Yield the tokens that gpt.generate samples for one prompt (ids), as soon as each is known.
 
-    It ends after max_new_tokens or at the end of the context; where else to end is up to who reads. The same tokens as
-    gpt.generate with `seed`, if rng is a torch.Generator of that seed. Raises UserError for a prompt that does not fit.
+    The caller decides which tokens end a response. rng is a torch.Generator, or None.
+    Raises UserError for a prompt that does not fit the context.
     """
-    block, device = model.config.block_size, model.wte.weight.device
-    if not 0 < len(ids) < block:
-        raise UserError(f"a prompt of {len(ids)} tokens; the context of {block} wants 1 to {block - 1}")
-    cache = gpt.KVCache(model.config, 1, min(block, len(ids) + max_new_tokens), device, model.wte.weight.dtype)
+    block_size, device = model.config.block_size, model.wte.weight.device
+    if not 0 < len(ids) < block_size:
+        raise UserError(f"the prompt has {len(ids)} tokens; it must have 1 to {block_size - 1}")
+    size = min(block_size, len(ids) + max_new_tokens)
+    cache = gpt.KVCache(model.config, 1, size, device, model.wte.weight.dtype)
     states = model.hidden(torch.tensor([ids], device=device), cache)          # (1, T, C)
     cache.lengths, cache.longest = torch.tensor([len(ids)], device=device), len(ids)
     for n in range(1, max_new_tokens + 1):
-        token = gpt.sample_tokens(F.linear(states[:, -1], model.wte.weight), temperature, rng=rng)              # (1,)
+        logits = F.linear(states[:, -1], model.wte.weight)                    # (1, V)
+        token = gpt.sample_tokens(logits, temperature, rng=rng)               # (1,)
         yield token.item()
-        if n == max_new_tokens or len(ids) + n == block:
+        if n == max_new_tokens or len(ids) + n == block_size:
             return
         states = model.hidden(token[:, None], cache)                          # (1, 1, C)
         cache.lengths, cache.longest = cache.lengths + 1, cache.longest + 1
 
 
 def printable(text):
-    """Text for a terminal: of control characters only newline and tab, so that no model and no database can send escape codes."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Replace control characters except newline and tab: they could be terminal escape codes."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
-def token_bytes(enc, token):
-    """The bytes of a token; None for a special one, b"" for an id that the tokenizer leaves unused."""
-    if token in enc._special_tokens.values():
+def decode_token(enc, token):
+    """Return the bytes of a token: None for a special token, b"" for an id without a token."""
+    if enc.is_special_token(token):
         return None
     try:
         return enc.decode_single_token_bytes(token)
@@ -86,116 +94,133 @@ def token_bytes(enc, token):
 
 
 def held_back(text):
-    """How many characters at the end of `text` may yet turn out to be a call: from `<<<` on, or the beginning of a `<<<`."""
-    at = text.find("<<<")
-    return len(text) - at if at >= 0 else next((n for n in (2, 1) if text.endswith("<" * n)), 0)
+    """Count the characters at the end of `text` that may become a call: `<<< ...`, `<<` or `<`."""
+    return len(re.search(r"<<<.*|<{0,2}\Z", text, re.DOTALL)[0])
 
 
-def answer(model, enc, prompt, cfg, rng, db=None, on_call=None):
-    """Yield the answer to `prompt` (ids) in pieces of text, calls replaced by results; on_call(statement, result) hears of each.
+def respond(model, enc, prompt, cfg, rng, db=None, on_query=None):
+    """Yield the response to a prompt (ids) in pieces of text; on_query receives each tools.Query.
 
-    The loop of tools.answer_with_tools for one answer that is shown as it grows. Any special token ends an answer.
+    Any special token ends the response. tools.respond_with_tools is the same loop for a batch; it
+    cannot serve here, because a response must be shown while it grows.
     """
-    said = ""                                                                 # the answer so far, results included
+    block_size = model.config.block_size
+    text = ""                                   # the response so far, results included
     for turn in range(tools.MAX_CALLS + 1):
-        ids = prompt + enc.encode_ordinary(said)
-        if len(ids) >= model.config.block_size:
+        ids = prompt + enc.encode_ordinary(text)
+        if len(ids) >= block_size:
             return
-        decoder, new, shown, call = codecs.getincrementaldecoder("utf-8")("replace"), "", 0, None
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        written = ""                            # by the model, since the last result
+        shown = 0                               # so many characters of it are shown
+        call = None
         for token in stream(model, ids, cfg.max_new_tokens, cfg.temperature, rng):
-            raw = token_bytes(enc, token)
+            raw = decode_token(enc, token)
             if raw is None:
                 break
-            new += decoder.decode(raw)
-            call = tools.find_call(new) if db else None
+            written += decoder.decode(raw)
+            call = tools.find_call(written) if db else None
             if call:
                 break
-            ready = len(new) - (held_back(new) if db else 0)
+            ready = len(written) - held_back(written) if db else len(written)
             if ready > shown:
-                yield new[shown:ready]
+                yield written[shown:ready]
                 shown = ready
-        if call is None:   # no more to come: what was held back is only text, and a broken character shows as one
-            rest = (new + decoder.decode(b"", final=True))[shown:]
-            if rest:
-                yield rest
+        if call is None:                        # the response is over: show what was held back
+            written += decoder.decode(b"", final=True)
+            if len(written) > shown:
+                yield written[shown:]
             return
-        before, statement, _ = call
-        result = tools.run_query(db, statement) if turn < tools.MAX_CALLS else "[error: too many calls]"
-        if on_call:
-            on_call(statement, result)
-        grown = tools.splice(enc, prompt, said + before, result, model.config.block_size)
-        yield grown[len(said) + shown:]
-        said = grown
+        result = tools.run_query(db, call.statement) if turn < tools.MAX_CALLS else tools.TOO_MANY
+        if on_query:
+            on_query(tools.Query(call.statement, result))
+        longer = tools.splice(enc, prompt, text + call.before, result, block_size)
+        yield longer[len(text) + shown:]
+        text = longer
 
 
-def fit(messages, enc, block_size, reserve):
-    """The chat without its oldest turns: system message, and as many of the latest turns as leave `reserve` tokens for the answer.
+def fit_context(messages, enc, block_size, reserve):
+    """Drop the oldest turns until `reserve` tokens of the context are free for the response.
 
-    The last turn is never dropped; raises UserError where it leaves less than 16 tokens.
+    The system message and the last turn always stay. Raises UserError if they leave fewer than 16.
     """
-    system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
-    longest = max(map(len, enc._mergeable_ranks))
-    # A text of more bytes than this cannot fit; it is not tokenized, as that takes quadratic time for one long word.
-    if max(len(m["content"].encode("utf-8", "replace")) for m in system + turns[-1:]) <= block_size * longest:
+    system = [m for m in messages if m["role"] == "system"]
+    turns = [m for m in messages if m["role"] != "system"]
+    n_bytes = max(len(m["content"].encode("utf-8", "replace")) for m in system + turns[-1:])
+    # More bytes than this cannot fit. Do not tokenize them: one long word takes quadratic time.
+    if n_bytes <= block_size * max(map(len, enc.token_byte_values())):
         while len(turns) > 1 and len(sft.render_prompt(system + turns, enc)) > block_size - reserve:
             turns = turns[2:]
-        n = len(sft.render_prompt(system + turns, enc))
-        if n <= block_size - 16:
+        if len(sft.render_prompt(system + turns, enc)) <= block_size - 16:
             return system + turns
-        size = f"{n} tokens"
-    else:
-        size = f"more than {block_size} tokens"
-    raise UserError(f"too long: {size}" + (" with the system message" if system else "")
-                    + f", and the context of {block_size} must hold an answer, too; say it shorter")
+    subject = "the system message and your message" if system else "your message"
+    raise UserError(f"too long: {subject} must leave 16 tokens of the context of {block_size} for "
+                    "the response; write less")
+
+
+def make_prompt(messages, enc, block_size, base, cfg):
+    """Encode a conversation that ends with the user's line -> ids. Raises UserError if too long."""
+    reserve = min(cfg.max_new_tokens, block_size // 2)
+    kept = fit_context(messages[-1:] if base else messages, enc, block_size, reserve)
+    if base:
+        return enc.encode_ordinary(kept[0]["content"])
+    if len(kept) < len(messages):
+        note("(the context is full: the model no longer sees the oldest turns)")
+    return sft.render_prompt(kept, enc)
 
 
 def save(path, messages):
-    """One line of {"messages": [...]} in a new file: an old one is never overwritten."""
+    """Write a conversation as one line of JSON to a new file; never overwrite one."""
+    if not path:
+        raise UserError("name a file: /save FILE")
     if not any(m["role"] == "assistant" for m in messages):
         raise UserError("nothing to save yet")
     try:
         with open(path, "x", encoding="utf-8") as f:
             f.write(json.dumps({"messages": messages}) + "\n")
-    except FileExistsError:
-        raise UserError(f"{path} exists; name a new file") from None
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
+        raise UserError(f"{path}: {e.strerror}; name another file") from None
 
 
 def load_policy(cfg, device):
-    """-> (model, tokenizer, path, is it a base model?). Raises UserError where there is nothing to talk to."""
-    found = [p for p in (Path(cfg.out) / f"{name}.pt" for name in ("ppo", "dpo", "sft", "gpt")) if p.exists()]
+    """Load the checkpoint to chat with -> (model, tokenizer, path, whether it is a base model)."""
+    paths = [Path(cfg.out) / f"{name}.pt" for name in ("ppo", "dpo", "sft", "gpt")]
+    found = [path for path in paths if path.exists()]
     if not cfg.checkpoint and not found:
-        raise UserError(f"{cfg.out}: no checkpoint to talk to; make them all: python ppo.py --out {cfg.out}")
+        raise UserError(f"{cfg.out}: no checkpoint; make one: python ppo.py --out {cfg.out}")
     path = Path(cfg.checkpoint or found[0])
     model, enc, state = gpt.load_model(path, device)
     if "head.weight" in state["model"]:
-        raise UserError(f"{path} is a reward model: it scores answers and gives none; name a policy, such as sft.pt")
-    return model, enc, path, "val_fraction" in state   # what only pretraining keeps in its checkpoint
+        raise UserError(f"{path} is a reward model; name a policy, such as sft.pt")
+    return model, enc, path, "val_fraction" in state   # only pretraining stores a val_fraction
 
 
-def command(line, messages):
-    """Do a line that begins with "/" -> (messages, note); None for /quit. Raises UserError for what is no command."""
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
+def run_command(line, messages):
+    """Run a line that starts with "/" -> the messages after it; None for /quit."""
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    system = [m for m in messages if m["role"] == "system"]
+    turns = [m for m in messages if m["role"] != "system"]
     if name == "/quit":
         return None
     if name == "/reset":
-        return [m for m in messages if m["role"] == "system"], "forgotten"
+        note("forgotten")
+        return system
     if name == "/system":
-        talk = [m for m in messages if m["role"] != "system"]
-        return [{"role": "system", "content": rest}] * bool(rest) + talk, "system message " + ("set" if rest else "removed")
-    if name == "/save" and rest:
-        save(rest, messages)
-        return messages, f"saved {rest}"
-    if name in ("/help", "/?"):
-        return messages, HELP
-    raise UserError("write it as /save FILE" if name == "/save" else
-                    f"unknown command {name}; there are /reset /system /save /quit")
+        note("system message " + ("set" if argument else "removed"))
+        return [{"role": "system", "content": argument}, *turns] if argument else turns
+    if name == "/save":
+        save(argument, messages)
+        note(f"saved {argument}")
+    elif name in ("/help", "/?"):
+        note(HELP)
+    else:
+        raise UserError(f"unknown command {name}; the commands are /reset /system /save /quit")
+    return messages
 
 
-def lines(terminal):
-    """What the user says, line by line, until the end of input."""
+def read_lines(terminal):
+    """Yield the user's lines until the end of input."""
     try:
         while True:
             yield input("> ") if terminal else next(sys.stdin).rstrip("\n")
@@ -207,44 +232,39 @@ def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def talk(model, enc, db, base, cfg, terminal):
-    """Read, answer, remember, until the end of input or /quit."""
+def converse(model, enc, db, base, cfg, terminal):
+    """Read a line and respond, until the end of input or /quit."""
     rng = torch.Generator(model.wte.weight.device).manual_seed(cfg.seed)
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    for line in lines(terminal):
+    for line in read_lines(terminal):
         if not line.strip():
             continue
         try:
             if line.startswith("/"):
-                done = command(line.strip(), messages)
-                if done is None:
+                messages = run_command(line.strip(), messages)
+                if messages is None:
                     return
-                messages = done[0]
-                note(done[1])
                 continue
-            asked = messages + [{"role": "user", "content": line}]
-            block = model.config.block_size
-            kept = fit(asked[-1:] if base else asked, enc, block, min(cfg.max_new_tokens, block // 2))
-            prompt = enc.encode_ordinary(line) if base else sft.render_prompt(kept, enc)
-            if len(kept) < len(asked) and not base:
-                note(f"(the context is full: only the last {sum(m['role'] == 'user' for m in kept)} turns are seen)")
+            asked = [*messages, {"role": "user", "content": line}]
+            prompt = make_prompt(asked, enc, model.config.block_size, base, cfg)
         except UserError as e:
             note(str(e))
             if not terminal and not line.startswith("/"):
-                print()   # a line of output for each line of input, even so
+                print()   # one line of output for each line of input, even now
             continue
-        said, calls = "", []
+        text = ""
+        queries = []
         try:
-            for piece in answer(model, enc, prompt, cfg, rng, db, lambda *call: calls.append(call)):
-                said += piece
+            for piece in respond(model, enc, prompt, cfg, rng, db, queries.append):
+                text += piece
                 print(printable(piece), end="", flush=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:   # at a terminal it stops the response, not the chat
             if not terminal:
                 raise
-        print(flush=True)   # Ctrl-C at a terminal stops the answer, not the talk
-        for statement, result in calls:
-            note(f"    {printable(statement)} -> {result}")
-        messages = [] if base else asked + [{"role": "assistant", "content": said}]
+        print(flush=True)
+        for query in queries:
+            note(f"    {printable(query.statement)} -> {printable(query.result)}")
+        messages = [] if base else [*asked, {"role": "assistant", "content": text}]
 
 
 def main(cfg):
@@ -254,18 +274,18 @@ def main(cfg):
     shop = Path(cfg.db) if cfg.db else path.with_name("shop.db")
     db = tools.open_database(shop) if cfg.db or shop.exists() else None
     terminal = sys.stdin.isatty()
-    for f in (sys.stdin, sys.stdout):   # a pipe speaks UTF-8; and no odd byte ends the talk
-        f.reconfigure(encoding=None if f.isatty() else "utf-8", errors="replace")
+    for stdio in (sys.stdin, sys.stdout):   # pipes are UTF-8; invalid bytes do not end the chat
+        stdio.reconfigure(encoding=None if stdio.isatty() else "utf-8", errors="replace")
     if terminal:
         note(f"{path}{f', database {shop}' if db else ''}; /help lists the commands")
     if base:
-        note(f"{path} is a base model: it continues each line, and has no turns")
+        note(f"{path} is a base model: it continues each line and knows no turns")
     try:
-        talk(model, enc, db, base, cfg, terminal)
+        converse(model, enc, db, base, cfg, terminal)
     except KeyboardInterrupt:
         if not terminal:
             sys.exit(130)
-    except BrokenPipeError:   # whoever read the answers has gone; Python must not try to flush them once more
+    except BrokenPipeError:   # the reader is gone; keep Python from flushing to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if terminal:
         print()

@@ -1,4 +1,4 @@
-"""What a talk must satisfy: streamed text is the generated text, turns are forgotten whole, and nothing that is typed is a crash."""
+"""Properties of chat.py: it shows what the model generates, drops whole turns, never crashes."""
 import io
 import os
 import random
@@ -18,32 +18,33 @@ import gpt
 import reward
 import sft
 import tools
-from gpt import UserError
+from run import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENC = gpt.get_tokenizer()
-SPECIAL = ENC._special_tokens
 END = gpt.end_of(ENC)
+ASSISTANT = ENC.encode_single_token("<|assistant|>")
 
 
-def tiny(block=48, seed=0, vocab=ENC.n_vocab):
+def tiny(block_size=48, seed=0):
+    """A GPT with random weights, far from uniform."""
     torch.manual_seed(seed)
-    model = gpt.GPT(gpt.GPTConfig(vocab, block, n_layer=2, n_head=4, n_embd=32))
+    model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, block_size, n_layer=2, n_head=4, n_embd=32))
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return model.eval()
 
 
-def reciter(plan, block=128):
-    """A real GPT that says what stands in `plan` ({position: token}), whatever it is told: its position decides."""
+def reciter(plan, block_size=128):
+    """A GPT that recites `plan` ({position: next token}) after any prompt: only positions count."""
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, block, n_layer=1, n_head=1, n_embd=128))
+    model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, block_size, n_layer=1, n_head=1, n_embd=128))
     for p in model.h.parameters():
         p.data.zero_()
-    model.wte.weight.data = torch.nn.functional.normalize(torch.randn(ENC.n_vocab, 128))
-    model.wpe.weight.data.zero_()
-    for position in range(block):
-        model.wpe.weight.data[position] = 20 * model.wte.weight.data[plan.get(position, END)]
+    embeddings = torch.nn.functional.normalize(torch.randn(ENC.n_vocab, 128))
+    model.wte.weight.data = embeddings
+    tokens = [plan.get(position, END) for position in range(block_size)]
+    model.wpe.weight.data = 20 * embeddings[tokens]
     return model.eval()
 
 
@@ -51,34 +52,45 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def prompt_of(*messages):
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def encode(*messages):
     return sft.render_prompt(list(messages), ENC)
 
 
-def says(question, text, plan=None):
-    """The plan of a reciter that answers `text` (a string or tokens) to a first question."""
-    start, tokens = len(prompt_of(*user(question))) - 1, ENC.encode_ordinary(text) if isinstance(text, str) else text
-    return {**(plan or {}), **{start + i: t for i, t in enumerate(tokens)}}
+def plan_for(prompt, response):
+    """The plan of a reciter that gives this response to a first prompt."""
+    start = len(encode(*user(prompt))) - 1
+    return {start + i: token for i, token in enumerate(ENC.encode_ordinary(response))}
 
 
 # The stream
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_the_stream_is_what_generate_says(temperature):
-    """Token by token, with the same seed: for every prompt length, up to the last place in the context."""
+def test_the_stream_is_what_generate_returns(temperature):
+    """The same tokens for the same seed, up to the last position of the context."""
     rng = random.Random(0)
     for seed in range(8):
         model = tiny(seed=seed)
         ids = [rng.randrange(ENC.n_vocab) for _ in range(rng.choice([1, 2, 20, 46, 47]))]
         want, = gpt.generate(model, [ids], 30, temperature=temperature, seed=seed)
-        assert list(chat.stream(model, ids, 30, temperature, torch.Generator().manual_seed(seed))) == want
+        generator = torch.Generator().manual_seed(seed)
+        assert list(chat.stream(model, ids, 30, temperature, generator)) == want
         assert len(want) == min(30, 48 - len(ids))
 
 
 def test_the_stream_does_not_run_ahead():
-    model, calls = tiny(), []
+    model = tiny()
     hidden = model.hidden
-    model.hidden = lambda *a: calls.append(1) or hidden(*a)
+    calls = []
+
+    def counting(*args):
+        calls.append(args)
+        return hidden(*args)
+
+    model.hidden = counting
     tokens = chat.stream(model, [1, 2, 3], 30)
     for n in range(1, 5):
         next(tokens)
@@ -94,308 +106,487 @@ def test_a_prompt_that_does_not_fit_is_refused(n):
 
 # From tokens to text
 
-class Script:
-    """chat.stream and gpt.generate of a model that answers by a function: what it has said so far -> what it says next."""
+class ScriptedModel:
+    """A stand-in for chat.stream and gpt.generate: `script(response so far)` is what comes next.
 
-    def __init__(self, monkeypatch, said, block=128):
-        self.config, self.said, self.drawn = gpt.GPTConfig(ENC.n_vocab, block, 1, 1, 2), said, 0
+    The script returns a string or token ids. `drawn` counts the tokens that were streamed.
+    """
+
+    def __init__(self, monkeypatch, script, block_size=128):
+        self.config = gpt.GPTConfig(ENC.n_vocab, block_size, 1, 1, 2)
+        self.script = script
+        self.drawn = 0
         monkeypatch.setattr(chat, "stream", self.stream)
-        monkeypatch.setattr(gpt, "generate", lambda model, prompts, n, **k: [list(self.tokens(p))[:n] for p in prompts])
+        monkeypatch.setattr(gpt, "generate", self.generate)
 
     def tokens(self, ids):
-        text = self.said(ENC.decode(ids[ids.index(SPECIAL["<|assistant|>"]) + 1:]))
-        return (ENC.encode_ordinary(text) if isinstance(text, str) else text) + [END]
+        new = self.script(ENC.decode(ids[ids.index(ASSISTANT) + 1:]))
+        if isinstance(new, str):
+            new = ENC.encode_ordinary(new)
+        return new + [END]
 
     def stream(self, model, ids, max_new_tokens, temperature, rng):
         for token in self.tokens(ids)[:max_new_tokens]:
             self.drawn += 1
             yield token
 
-
-def pieces(script, db=None, on_call=None, **settings):
-    return list(chat.answer(script, ENC, prompt_of(*user("?")), chat.Config(**settings), None, db, on_call))
-
-
-def bytewise(text):
-    return [ENC._mergeable_ranks[bytes([b])] for b in text.encode()]
+    def generate(self, model, prompts, max_new_tokens, **sampling):
+        return [self.tokens(ids)[:max_new_tokens] for ids in prompts]
 
 
-def test_characters_come_whole(monkeypatch):
-    """Each byte a token: no half character is ever shown, and none is lost."""
+def respond(model, db=None, on_query=None, **settings):
+    """The pieces of the response to "?"."""
+    cfg = chat.Config(**settings)
+    return list(chat.respond(model, ENC, encode(*user("?")), cfg, None, db, on_query))
+
+
+def byte_tokens(raw):
+    """One token per byte."""
+    return [ENC.encode_single_token(bytes([b])) for b in raw]
+
+
+def test_characters_are_shown_whole(monkeypatch):
+    """If each byte is a token, no half character is shown, and none is lost."""
     text = "e\u0301 牛 👩‍👩‍👧 \U0001f9ff ü!"
-    script = Script(monkeypatch, lambda _: bytewise(text))
-    found = pieces(script)
-    assert "".join(found) == text and "\ufffd" not in "".join(found) and len(found) == len(text)
+    model = ScriptedModel(monkeypatch, lambda _: byte_tokens(text.encode()))
+    pieces = respond(model)
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert len(pieces) == len(text)
 
 
-@pytest.mark.parametrize("raw, want", [(b"a\xe7\x89", "a\ufffd"), (b"\xff\xfea", "\ufffd\ufffda"), (b"\xe7\x89a", "\ufffda"), (b"\x9b1m", "\ufffd1m")])
-def test_bytes_that_are_no_text_show_as_such(monkeypatch, raw, want):
-    assert "".join(pieces(Script(monkeypatch, lambda _: [ENC._mergeable_ranks[bytes([b])] for b in raw]))) == want
+@pytest.mark.parametrize("raw, want", [
+    (b"a\xe7\x89", "a\ufffd"),
+    (b"\xff\xfea", "\ufffd\ufffda"),
+    (b"\xe7\x89a", "\ufffda"),
+    (b"\x9b1m", "\ufffd1m"),
+])
+def test_invalid_utf8_is_shown_as_replacement_characters(monkeypatch, raw, want):
+    model = ScriptedModel(monkeypatch, lambda _: byte_tokens(raw))
+    assert "".join(respond(model)) == want
 
 
-def test_text_is_shown_as_soon_as_it_is_sure(monkeypatch):
-    script = Script(monkeypatch, lambda _: "The cow says moo.")
+def test_text_is_shown_at_once(monkeypatch):
+    ids = ENC.encode_ordinary("The cow says moo.")
+    model = ScriptedModel(monkeypatch, lambda _: ids)
+    pieces = chat.respond(model, ENC, encode(*user("?")), chat.Config(), None)
     shown = ""
-    for n, piece in enumerate(chat.answer(script, ENC, prompt_of(*user("?")), chat.Config(), None), 1):
+    for n, piece in enumerate(pieces, 1):
         shown += piece
-        assert script.drawn == n and shown == ENC.decode(ENC.encode_ordinary("The cow says moo.")[:n])
+        assert model.drawn == n
+        assert shown == ENC.decode(ids[:n])
 
 
 @pytest.mark.parametrize("token", ["<|user|>", "<|system|>", "<|assistant|>", "<|pad|>", "<|end|>"])
-def test_any_special_token_ends_an_answer(monkeypatch, token):
-    assert "".join(pieces(Script(monkeypatch, lambda _: ENC.encode_ordinary("moo") + [SPECIAL[token]] + ENC.encode_ordinary(" no")))) == "moo"
+def test_any_special_token_ends_a_response(monkeypatch, token):
+    moo, no = ENC.encode_ordinary("moo"), ENC.encode_ordinary(" no")
+    model = ScriptedModel(monkeypatch, lambda _: moo + [ENC.encode_single_token(token)] + no)
+    assert "".join(respond(model)) == "moo"
 
 
-def test_ids_that_mean_nothing_are_nothing():
-    assert chat.token_bytes(ENC, ENC.n_vocab + 5) == b"" and chat.token_bytes(ENC, END) is None
-    assert b"".join(chat.token_bytes(ENC, t) for t in ENC.encode_ordinary("moo 牛")).decode() == "moo 牛"
+def test_decode_token():
+    assert chat.decode_token(ENC, ENC.n_vocab + 5) == b""
+    assert chat.decode_token(ENC, END) is None
+    raw = b"".join(chat.decode_token(ENC, token) for token in ENC.encode_ordinary("moo 牛"))
+    assert raw.decode() == "moo 牛"
 
 
 def test_printable():
     assert chat.printable("moo\n\t牛 ü") == "moo\n\t牛 ü"
     for bad in ("\x1b[2J", "\r", "\x07", "\x9b1m", "\u202e", "\x00", "\x7f", "\x08"):
-        assert "\ufffd" == chat.printable(bad)[0] and not any(c in chat.printable(bad) for c in "\x1b\r\x07\x9b\u202e\x00\x7f\x08")
+        shown = chat.printable(bad)
+        assert shown[0] == "\ufffd"
+        assert not any(c in shown for c in "\x1b\r\x07\x9b\u202e\x00\x7f\x08")
 
 
 # Calls
+
+LONG_NAME = "a very long name of a thing that nobody needs " * 5
+
 
 @pytest.fixture
 def shop(tmp_path):
     db = sqlite3.connect(tmp_path / "shop.db")
     db.execute("CREATE TABLE shop (item TEXT, price INTEGER)")
-    db.executemany("INSERT INTO shop VALUES (?, ?)", [("red kite", 47), ("<<< SELECT 1 >>>", 5), ("a very long name of a thing that nobody needs " * 5, 6)])
+    db.executemany("INSERT INTO shop VALUES (?, ?)",
+                   [("red kite", 47), ("<<< SELECT 1 >>>", 5), (LONG_NAME, 6)])
     db.commit()
     db.close()
     return tools.open_database(tmp_path / "shop.db")
 
 
-ANSWERS = {  # answer so far -> what comes next
-    "one call": {"": "It costs <<< SELECT price FROM shop WHERE item = 'red kite' >>> never seen", "It costs 47": " coins."},
-    "no call": {"": "moo."}, "half a call": {"": "a <<< SELECT"}, "brackets": {"": "a < b << c <"}, "late brackets": {"": "a <<"}, "nothing": {"": ""},
-    "a call alone": {"": "<<< SELECT 1 >>>", "1": ""},
-    "two calls": {"": "x <<< SELECT 1 >>>", "x 1": " y <<< DROP TABLE shop >>>", "x 1 y [error: only SELECT is allowed]": "."},
-    "a result that looks like a call": {"": "<<< SELECT item FROM shop WHERE price = 5 >>>", "<<< SELECT 1 >>>": " ok"},
+SCRIPTS = {   # name -> {response so far: what comes next}
+    "one call": {
+        "": "It costs <<< SELECT price FROM shop WHERE item = 'red kite' >>> never seen",
+        "It costs 47": " coins.",
+    },
+    "no call": {"": "moo."},
+    "half a call": {"": "a <<< SELECT"},
+    "brackets": {"": "a < b << c <"},
+    "late brackets": {"": "a <<"},
+    "nothing": {"": ""},
+    "only a call": {"": "<<< SELECT 1 >>>", "1": ""},
+    "two calls": {
+        "": "x <<< SELECT 1 >>>",
+        "x 1": " y <<< DROP TABLE shop >>>",
+        "x 1 y [error: only SELECT is allowed]": ".",
+    },
+    "a result that looks like a call": {
+        "": "<<< SELECT item FROM shop WHERE price = 5 >>>",
+        "<<< SELECT 1 >>>": " ok",
+    },
     "a long result": {"": "<<< SELECT item FROM shop WHERE price = 6 >>>"},
-    "for ever": None,
+    "too many calls": None,
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_streamed_answers_are_those_of_answer_with_tools(monkeypatch, shop, name):
-    """The same text and the same calls; and no statement that is run is ever shown in the answer."""
-    next_of = ANSWERS[name]
-    script = Script(monkeypatch, lambda said: " <<< SELECT 7 >>>" if next_of is None else next_of.get(said, "!"))
-    calls = []
-    found = pieces(script, shop, lambda *c: calls.append(c))
-    (text, want), = tools.answer_with_tools(script, ENC, [user("?")], shop)
-    assert "".join(found) == text and calls == want
-    assert all(found) or not text
-    assert name == "a result that looks like a call" or not any(s in text for s, _ in calls)
-    monkeypatch.setattr(tools, "run_query", None)                                        # without a database nothing is run or held back
-    assert "".join(pieces(script)) == tools.answer_with_tools(script, ENC, [user("?")], None)[0][0]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_streamed_response_is_that_of_respond_with_tools(monkeypatch, shop, name):
+    """The same text and the same queries; a statement that runs is never shown."""
+    def script(text):
+        if SCRIPTS[name] is None:
+            return " <<< SELECT 7 >>>"
+        return SCRIPTS[name].get(text, "!")
+
+    model = ScriptedModel(monkeypatch, script)
+    queries = []
+    pieces = respond(model, shop, queries.append)
+    (text, want), = tools.respond_with_tools(model, ENC, [user("?")], shop)
+    assert "".join(pieces) == text
+    assert queries == want
+    assert all(pieces) or not text
+    if name != "a result that looks like a call":
+        assert not any(query.statement in text for query in queries)
+    # Without a database nothing is run or held back.
+    monkeypatch.setattr(tools, "run_query", None)
+    response, = tools.respond_with_tools(model, ENC, [user("?")], None)
+    assert "".join(respond(model)) == response.text
 
 
-def test_a_real_model_greedy_and_streamed(shop):
-    """No stand-in: a GPT that writes a call, is stopped, and goes on after the result."""
+def test_a_real_model_calls_and_continues(shop):
+    """A GPT, not a stand-in, writes a call, is stopped, and continues after the result."""
     statement = "SELECT item FROM shop WHERE price = 6"
-    plan = says("How much?", f"It is <<< {statement} >>>")
+    prompt = encode(*user("How much?"))
+    plan = plan_for("How much?", f"It is <<< {statement} >>>")
     result = tools.run_query(shop, statement)
-    head = prompt_of(*user("How much?")) + ENC.encode_ordinary(tools.splice(ENC, prompt_of(*user("How much?")), "It is ", result, 128))
-    assert len(head) - 1 > max(plan), "the result must be longer than the statement, else the plan contradicts itself"
-    model = reciter({**plan, **{len(head) - 1 + i: t for i, t in enumerate(ENC.encode_ordinary(", no more."))}})
-    calls = []
-    text = "".join(chat.answer(model, ENC, prompt_of(*user("How much?")), chat.Config(temperature=0), None, shop, lambda *c: calls.append(c)))
-    assert text.startswith("It is a very long name") and text.endswith(", no more.") and calls == [(statement, result)]
-    assert tools.answer_with_tools(model, ENC, [user("How much?")], shop, temperature=0) == [(text, calls)]
+    head = prompt + ENC.encode_ordinary(tools.splice(ENC, prompt, "It is ", result, 128))
+    start = len(head) - 1
+    assert start > max(plan), "the result must be longer than the call, or the plans overlap"
+    for i, token in enumerate(ENC.encode_ordinary(", no more.")):
+        plan[start + i] = token
+    model = reciter(plan)
+    queries = []
+    cfg = chat.Config(temperature=0)
+    text = "".join(chat.respond(model, ENC, prompt, cfg, None, shop, queries.append))
+    assert text.startswith("It is a very long name")
+    assert text.endswith(", no more.")
+    assert queries == [(statement, result)]
+    responses = tools.respond_with_tools(model, ENC, [user("How much?")], shop, temperature=0)
+    assert responses == [(text, queries)]
 
 
 # Turns
 
-def test_the_oldest_turns_are_forgotten_whole():
+def test_the_oldest_turns_are_dropped_whole():
     rng = random.Random(0)
     for _ in range(200):
-        system = [{"role": "system", "content": "Be kind. " * rng.randint(0, 2)}] * rng.randint(0, 1)
-        turns = [{"role": ("user", "assistant")[i % 2], "content": "moo " * rng.randint(0, 12)} for i in range(2 * rng.randint(0, 6) + 1)]
+        system = []
+        content = "Be kind. " * rng.randint(0, 2)
+        if rng.randint(0, 1):
+            system = [{"role": "system", "content": content}]
+        turns = []
+        for i in range(2 * rng.randint(0, 6) + 1):
+            role = "assistant" if i % 2 else "user"
+            turns.append({"role": role, "content": "moo " * rng.randint(0, 12)})
         reserve = rng.choice([16, 40, 64])
-        kept = chat.fit(system + turns, ENC, 128, reserve)
+        kept = chat.fit_context(system + turns, ENC, 128, reserve)
         n = len(kept) - len(system)
-        assert kept == system + turns[-n:] and n % 2 == 1
-        assert len(prompt_of(*kept)) <= 128 - reserve or n == 1
-        assert n == len(turns) or len(prompt_of(*system, *turns[-n - 2:])) > 128 - reserve, "no more is forgotten than must be"
+        assert kept == system + turns[-n:]
+        assert n % 2 == 1
+        assert len(encode(*kept)) <= 128 - reserve or n == 1
+        if n < len(turns):
+            one_more = encode(*system, *turns[-n - 2:])
+            assert len(one_more) > 128 - reserve, "no more is dropped than necessary"
 
 
-def test_what_cannot_fit_is_one_clear_line():
-    for text in ("moo " * 200, "a" * 3_000_000, "牛" * 500_000, "moo " * 112):
-        start = time.monotonic()
-        with pytest.raises(UserError, match="context of 128") as e:
-            chat.fit(user(text), ENC, 128, 64)
-        assert time.monotonic() - start < 1 and "\n" not in str(e.value) and len(str(e.value)) < 200
-    assert chat.fit(user("moo " * 100), ENC, 128, 64) == user("moo " * 100), "what leaves some room for an answer is tried"
+@pytest.mark.parametrize("text", ["moo " * 200, "a" * 3_000_000, "牛" * 500_000, "moo " * 112],
+                         ids=["words", "one long word", "Chinese", "no room for a response"])
+def test_what_cannot_fit_is_a_one_line_error(text):
+    start = time.monotonic()
+    with pytest.raises(UserError, match="context of 128") as e:
+        chat.fit_context(user(text), ENC, 128, 64)
+    assert time.monotonic() - start < 1
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 200
+
+
+def test_what_leaves_some_room_for_a_response_fits():
+    assert chat.fit_context(user("moo " * 100), ENC, 128, 64) == user("moo " * 100)
+
+
+def test_a_system_message_that_is_too_long_is_named():
+    system = [{"role": "system", "content": "moo " * 120}]
     with pytest.raises(UserError, match="system message"):
-        chat.fit([{"role": "system", "content": "moo " * 120}] + user("hi"), ENC, 128, 64)
+        chat.fit_context(system + user("hi"), ENC, 128, 64)
 
 
-# The whole talk, in this process
+# Whole conversations, in this process
 
 def checkpoint(path, model, **extra):
     gpt.save_model(path, model, ENC, "", **extra)
     return path
 
 
-class Terminal(io.TextIOWrapper):
-    def __init__(self, content, tty=False):
+class Stdin(io.TextIOWrapper):
+    """A pipe that holds these bytes."""
+
+    def __init__(self, content):
         super().__init__(io.BytesIO(content), encoding="ascii")
-        self.isatty = lambda: tty
 
 
 @pytest.fixture
-def talk(monkeypatch, capsys, tmp_path):
-    def talk(content, model=None, **settings):
-        monkeypatch.setattr(sys, "stdin", Terminal(content if isinstance(content, bytes) else content.encode()))
+def converse(monkeypatch, capsys, tmp_path):
+    def converse(content, model=None, **settings):
+        """Run chat.main on this input -> (stdout, stderr)."""
+        if isinstance(content, str):
+            content = content.encode()
+        monkeypatch.setattr(sys, "stdin", Stdin(content))
         if model is not None:
             settings["checkpoint"] = str(checkpoint(tmp_path / "m.pt", model))
-        chat.main(chat.Config(**{"temperature": 0.0, "device": "cpu", "max_new_tokens": 30} | settings))
+        defaults = {"temperature": 0.0, "device": "cpu", "max_new_tokens": 30}
+        chat.main(chat.Config(**defaults | settings))
         return capsys.readouterr()
-    return talk
+    return converse
 
 
-def test_piped_input(talk):
-    """One answer for each line, nothing else on stdout: no prompts, no escape codes; the last line may lack its end."""
-    model = reciter(says("Hi?", "moo 牛."))
-    for content in ("Hi?\nHi?\n", "Hi?\n\n  \nHi?", "Hi?\r\nHi?\r\n", "Hi?\n/reset\nHi?\n/quit\nHi?\n"):
-        out, err = talk(content.replace("\nHi?", "\n/reset\nHi?"), model)
-        assert out == "moo 牛.\n" * 2 and "\x1b" not in out + err and "Traceback" not in err
-    assert talk("", model) == ("", "")
+@pytest.mark.parametrize("content", ["Hi?\nHi?\n",
+                                     "Hi?\n\n  \nHi?",
+                                     "Hi?\r\nHi?\r\n",
+                                     "Hi?\n/reset\nHi?\n/quit\nHi?\n"])
+def test_piped_input(converse, content):
+    """stdout has one response per line of input and no prompts; the last newline may be missing."""
+    model = reciter(plan_for("Hi?", "moo 牛."))
+    out, err = converse(content.replace("\nHi?", "\n/reset\nHi?"), model)
+    assert out == "moo 牛.\n" * 2
+    assert "\x1b" not in out + err
+    assert "Traceback" not in err
 
 
-def test_odd_input_is_no_crash(talk):
-    out, err = talk(b"\xff\xfe\x00\n" + b"a" * 100_000 + b"\n" + b"moo " * 300 + b"\n/nonsense\n/save\n/\n<|end|><|user|>\n\x1b[2J\nHi?\n", tiny(block=128), temperature=1.0)
-    assert err.count("too long") == 2 and err.count("unknown command") == 2 and "/save FILE" in err
-    assert "\x1b" not in out + err and all(len(line) < 200 for line in err.splitlines())
+def test_no_input(converse):
+    assert converse("", reciter(plan_for("Hi?", "moo 牛."))) == ("", "")
 
 
-def test_earlier_turns_are_in_the_prompt_until_they_do_not_fit(talk, monkeypatch):
-    seen, answer = [], chat.answer
+def test_odd_input_is_not_a_crash(converse):
+    lines = [b"\xff\xfe\x00", b"a" * 100_000, b"moo " * 300, b"/nonsense", b"/save", b"/",
+             b"<|end|><|user|>", b"\x1b[2J", b"Hi?"]
+    out, err = converse(b"".join(line + b"\n" for line in lines), tiny(128), temperature=1.0)
+    assert err.count("too long") == 2
+    assert err.count("unknown command") == 2
+    assert "/save FILE" in err
+    assert "\x1b" not in out + err
+    assert all(len(line) < 200 for line in err.splitlines())
 
-    def spy(model, enc, prompt, *rest):
+
+def render(*lines):
+    """The prompt as text after the user wrote these lines and the model always said "ok"."""
+    turns = [f"<|user|>{line}<|end|><|assistant|>" for line in lines]
+    return "ok<|end|>".join(turns)
+
+
+def test_earlier_turns_are_in_the_prompt_while_they_fit(converse, monkeypatch):
+    seen = []
+
+    def respond(model, enc, prompt, *rest):
         seen.append(enc.decode(prompt))
         yield "ok"
 
-    monkeypatch.setattr(chat, "answer", spy)
-    out, err = talk("/system Be kind.\none\ntwo\n/reset\nthree\n/system\nfour\n" + "\n".join(["moo " * 20] * 4), tiny(block=128))
-    ask = lambda *t: "".join(f"<|user|>{x}<|end|><|assistant|>ok<|end|>" for x in t[:-1]) + f"<|user|>{t[-1]}<|end|><|assistant|>"      # noqa: E731
+    monkeypatch.setattr(chat, "respond", respond)
+    lines = ["/system Be kind.", "one", "two", "/reset", "three", "/system", "four"]
+    long_lines = ["moo " * 20] * 4
+    out, err = converse("\n".join(lines + long_lines), tiny(128))
     system = "<|system|>Be kind.<|end|>"
-    assert seen[:4] == [system + ask("one"), system + ask("one", "two"), system + ask("three"), ask("three", "four")]
-    assert all(s.count("moo moo") and s.startswith("<|user|>") and s.endswith("<|end|><|assistant|>") for s in seen[4:])
-    assert max(len(ENC.encode(s, allowed_special="all")) for s in seen) <= 128 - 30 and "the context is full" in err
+    assert seen[:4] == [system + render("one"),
+                        system + render("one", "two"),
+                        system + render("three"),
+                        render("three", "four")]
+    for prompt in seen[4:]:
+        assert "moo moo" in prompt
+        assert prompt.startswith("<|user|>")
+        assert prompt.endswith("<|end|><|assistant|>")
+    assert max(len(ENC.encode(prompt, allowed_special="all")) for prompt in seen) <= 128 - 30
+    assert "the context is full" in err
     assert out == "ok\n" * 8
 
 
-def test_save_writes_what_sft_reads(talk, tmp_path, monkeypatch):
+def test_save_writes_what_sft_reads(converse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = reciter(says("Hi?", "moo 牛."))
     (tmp_path / "old.jsonl").write_text("mine")
-    out, err = talk("/save early.jsonl\nHi?\n/save talk.jsonl\n/save old.jsonl\n/save talk.jsonl\n/save no/such/folder.jsonl\n", model)
-    assert sft.load_chats(tmp_path / "talk.jsonl") == [{"messages": user("Hi?") + [{"role": "assistant", "content": "moo 牛."}]}]
-    assert (tmp_path / "old.jsonl").read_text() == "mine" and err.count("exists") == 2 and "nothing to save" in err and "folder.jsonl" in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt", "old.jsonl", "talk.jsonl"]
+    lines = ["/save early.jsonl", "Hi?", "/save talk.jsonl", "/save old.jsonl", "/save talk.jsonl",
+             "/save no/such/folder.jsonl"]
+    _, err = converse("\n".join(lines) + "\n", reciter(plan_for("Hi?", "moo 牛.")))
+    saved = sft.load_chats(tmp_path / "talk.jsonl")
+    assert saved == [{"messages": user("Hi?") + assistant("moo 牛.")}]
+    assert (tmp_path / "old.jsonl").read_text() == "mine"
+    assert err.count("exists") == 2
+    assert "nothing to save" in err
+    assert "folder.jsonl" in err
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == ["m.pt", "old.jsonl", "talk.jsonl"]
 
 
-def test_calls_are_shown_and_the_database_is_found(talk, shop, tmp_path):
+def test_queries_are_shown_and_the_database_is_found(converse, shop, tmp_path):
     statement = "SELECT item FROM shop WHERE price = 6"
-    model = reciter(says("Hi?", f"<<< {statement} >>>"))
-    out, err = talk("Hi?\n", model, max_new_tokens=100)                    # shop.db lies beside the checkpoint
-    assert out.startswith("a very long name") and "SELECT" not in out and f"    {statement} -> a very" in err
-    shutil.copy(tmp_path / "shop.db", tmp_path / "mine.db")
-    (tmp_path / "shop.db").unlink()
-    assert "SELECT" in talk("Hi?\n", model)[0], "no database: the statement is only text"
-    assert "SELECT" not in talk("Hi?\n", model, db=str(tmp_path / "mine.db"), max_new_tokens=100)[0]
+    model = reciter(plan_for("Hi?", f"<<< {statement} >>>"))
+    out, err = converse("Hi?\n", model, max_new_tokens=100)   # shop.db lies beside the checkpoint
+    assert out.startswith("a very long name")
+    assert "SELECT" not in out
+    assert f"    {statement} -> a very" in err
+    shutil.move(tmp_path / "shop.db", tmp_path / "mine.db")
+    out, _ = converse("Hi?\n", model)
+    assert "SELECT" in out, "no database: the statement is ordinary text"
+    out, _ = converse("Hi?\n", model, db=str(tmp_path / "mine.db"), max_new_tokens=100)
+    assert "SELECT" not in out
     with pytest.raises(UserError, match="gone.db"):
-        talk("Hi?\n", model, db=str(tmp_path / "gone.db"))
+        converse("Hi?\n", model, db=str(tmp_path / "gone.db"))
 
 
-def test_same_seed_same_talk(talk):
-    a, b, c = (talk("one\ntwo\n", tiny(), seed=s, temperature=1.0, max_new_tokens=10)[0] for s in (1, 1, 2))
-    assert a == b != c
+def test_same_seed_same_conversation(converse):
+    outs = []
+    for seed in (1, 1, 2):
+        out, _ = converse("one\ntwo\n", tiny(), seed=seed, temperature=1.0, max_new_tokens=10)
+        outs.append(out)
+    assert outs[0] == outs[1]
+    assert outs[1] != outs[2]
 
 
-def test_which_checkpoint_talks(talk, tmp_path):
+def test_which_checkpoint_is_loaded(converse, tmp_path):
     with pytest.raises(UserError, match="python ppo.py"):
-        talk("Hi?\n", out=str(tmp_path))
-    for name in ("gpt", "sft", "dpo", "ppo"):                              # each in turn is preferred to those before it
-        plan = {i: ENC.encode_ordinary(name[0])[0] for i in range(128)}
-        checkpoint(tmp_path / f"{name}.pt", reciter(plan), **({"val_fraction": 0.05} if name == "gpt" else {}))
-        assert talk("Hi?\n", out=str(tmp_path), max_new_tokens=3)[0] == 3 * name[0] + "\n"
-    judge = reward.RewardModel(tiny())
-    gpt.save_checkpoint(tmp_path / "reward.pt", model=judge.state_dict(), gpt=vars(judge.body.config), tokenizer="", fingerprint=gpt.fingerprint(ENC))
+        converse("Hi?\n", out=str(tmp_path))
+    for name in ("gpt", "sft", "dpo", "ppo"):   # each takes precedence over those before it
+        token = ENC.encode_ordinary(name[0])[0]
+        extra = {"val_fraction": 0.05} if name == "gpt" else {}
+        checkpoint(tmp_path / f"{name}.pt", reciter(dict.fromkeys(range(128), token)), **extra)
+        out, _ = converse("Hi?\n", out=str(tmp_path), max_new_tokens=3)
+        assert out == 3 * name[0] + "\n"
+
+
+def test_a_reward_model_is_refused(converse, tmp_path):
+    model = reward.RewardModel(tiny())
+    path = tmp_path / "reward.pt"
+    gpt.save_checkpoint(path, model=model.state_dict(), gpt=vars(model.body.config), tokenizer="",
+                        fingerprint=gpt.fingerprint(ENC))
     with pytest.raises(UserError, match="is a reward model"):
-        talk("Hi?\n", checkpoint=str(tmp_path / "reward.pt"))
+        converse("Hi?\n", checkpoint=str(path))
 
 
-def test_a_base_model_continues_each_line(talk, tmp_path, monkeypatch):
-    seen, stream = [], chat.stream
-    monkeypatch.setattr(chat, "stream", lambda model, ids, *rest: seen.append(ids) or stream(model, ids, *rest))
-    out, err = talk("Tom went\nto the\n", checkpoint=str(checkpoint(tmp_path / "gpt.pt", tiny(), val_fraction=0.05)))
-    assert seen == [ENC.encode_ordinary("Tom went"), ENC.encode_ordinary("to the")] and "base model" in err
+def test_a_base_model_continues_each_line_alone(converse, tmp_path, monkeypatch):
+    seen = []
+    stream = chat.stream
+
+    def spy(model, ids, *rest):
+        seen.append(ids)
+        return stream(model, ids, *rest)
+
+    monkeypatch.setattr(chat, "stream", spy)
+    path = checkpoint(tmp_path / "gpt.pt", tiny(), val_fraction=0.05)
+    _, err = converse("Tom went\nto the\n", checkpoint=str(path))
+    assert seen == [ENC.encode_ordinary("Tom went"), ENC.encode_ordinary("to the")]
+    assert "base model" in err
 
 
 # In a real shell
 
 def start(args, cwd, **pipes):
-    return subprocess.Popen([sys.executable, ROOT / "chat.py", "--device", "cpu", *map(str, args)], cwd=cwd,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "", "LC_ALL": "C"}, **pipes)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "", "LC_ALL": "C"}
+    command = [sys.executable, ROOT / "chat.py", "--device", "cpu", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+
+
+def pipe_through(args, cwd, text):
+    """Run chat.py with this input -> (exit code, stdout, stderr)."""
+    process = start(args, cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE)
+    out, err = process.communicate(text.encode(), timeout=120)
+    return process.returncode, out.decode(), err.decode()
 
 
 def test_a_real_pipe(tmp_path):
-    path = checkpoint(tmp_path / "m.pt", reciter(says("牛?", "moo 牛.")))
-    run = start(["--checkpoint", path, "--temperature", 0], tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = run.communicate("牛?\n".encode(), timeout=120)
-    assert (run.returncode, out.decode(), err) == (0, "moo 牛.\n", b"")
+    path = checkpoint(tmp_path / "m.pt", reciter(plan_for("牛?", "moo 牛.")))
+    result = pipe_through(["--checkpoint", path, "--temperature", 0], tmp_path, "牛?\n")
+    assert result == (0, "moo 牛.\n", "")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are a thing of POSIX")
+def test_a_base_model_in_a_real_pipe(tmp_path):
+    """echo "Tom went to the" | python chat.py --checkpoint gpt.pt"""
+    model = tiny()
+    checkpoint(tmp_path / "gpt.pt", model, val_fraction=0.05)
+    code, out, err = pipe_through(["--checkpoint", "gpt.pt", "--seed", 3], tmp_path,
+                                  "Tom went to the\n")
+    prompt = ENC.encode_ordinary("Tom went to the")
+    ids, = gpt.generate(model, [prompt], 100, temperature=0.7, seed=3)
+    special = [i for i, token in enumerate(ids) if ENC.is_special_token(token)]
+    text = ENC.decode(ids[:min(special, default=len(ids))])
+    assert text
+    assert out == chat.printable(text) + "\n"
+    assert "base model" in err
+    assert code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has pseudo-terminals")
 @pytest.mark.parametrize("end", ["ctrl-d", "ctrl-c"])
 def test_a_real_terminal(tmp_path, end):
     import pty
     if end == "ctrl-c" and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         pytest.skip("started in the background, where Ctrl-C is ignored")
-    path = checkpoint(tmp_path / "m.pt", reciter(says("Hi?", "moo.")))
+    path = checkpoint(tmp_path / "m.pt", reciter(plan_for("Hi?", "moo.")))
     ours, theirs = pty.openpty()
-    run = start(["--checkpoint", path, "--temperature", 0], tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    process = start(["--checkpoint", path, "--temperature", 0], tmp_path, stdin=theirs,
+                    stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     shown = b""
 
-    def until(text):
+    def read_until(text):
         nonlocal shown
         deadline = time.time() + 120
         while text not in shown and time.time() < deadline:
             shown += os.read(ours, 1000)
         assert text in shown, shown
-    until(b"> ")
+
+    read_until(b"> ")
     os.write(ours, b"Hi?\n")
-    until(b"moo.\r\n> ")
+    read_until(b"moo.\r\n> ")
     if end == "ctrl-d":
         os.write(ours, b"\x04")
     else:
-        os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(60) == 0
+        time.sleep(0.5)   # input() misses a signal that arrives just before it starts to read
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
     try:
         shown += os.read(ours, 1000)
-    except OSError:   # Linux's way to say that the other side is closed
+    except OSError:   # Linux reports a closed pseudo-terminal this way
         pass
     os.close(ours)
     assert b"Traceback" not in shown
 
 
-def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("args, part", [
+    ("--out new", "python ppo.py"),
+    ("--checkpoint gone.pt", "gone.pt"),
+    ("--checkpoint text.pt", "text.pt"),
+    ("--checkpoint m.pt --db text.pt", "not a SQLite database"),
+    ("--checkpoint m.pt --temperature -1", "--temperature"),
+    ("--chekpoint x", "--checkpoint"),
+    ("--max-new-tokens 0", "--max-new-tokens"),
+])
+def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, part):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("no checkpoint")
-    path = checkpoint(tmp_path / "m.pt", tiny())
-    for args, part in ((f"--out {tmp_path / 'new'}", "python ppo.py"), (f"--checkpoint {tmp_path / 'gone.pt'}", "gone.pt"),
-                       (f"--checkpoint {tmp_path / 'text.pt'}", "text.pt"), (f"--checkpoint {path} --db {tmp_path / 'text.pt'}", "not a SQLite database"),
-                       (f"--checkpoint {path} --temperature -1", "--temperature"), ("--chekpoint x", "--checkpoint"), ("--max-new-tokens 0", "--max-new-tokens")):
-        monkeypatch.setattr(sys, "argv", ["chat.py", *args.split()])
-        with pytest.raises(SystemExit) as e:
-            gpt.run(chat.main, chat.Config, chat.__doc__)
-        error = capsys.readouterr().err
-        assert e.value.code == 2 and error.count("\n") == 1 and part in error, error
+    checkpoint(tmp_path / "m.pt", tiny())
+    monkeypatch.setattr(sys, "argv", ["chat.py", *args.split()])
+    with pytest.raises(SystemExit) as e:
+        gpt.run(chat.main, chat.Config, chat.__doc__)
+    error = capsys.readouterr().err
+    assert e.value.code == 2
+    assert error.count("\n") == 1
+    assert part in error
     assert not (tmp_path / "new").exists()
