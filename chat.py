@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import gpt
-import sft
 import tools
-from run import UserError
+from data.tokenizer import token_bytes
+from scaffold.cli import BaseConfig, UserError, pick_device, require, start
+from sft import render_prompt
 
 HELP = """/reset         forget the conversation, except the system message
 /system TEXT   set the system message; without TEXT, remove it (the village's models know none)
@@ -35,23 +35,12 @@ HELP = """/reset         forget the conversation, except the system message
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run"
-    checkpoint: str = ""
-    "the checkpoint to chat with; empty: OUT/ppo.pt, else dpo.pt, else sft.pt, else gpt.pt"
-    db: str = ""
-    "SQLite database for the model's queries, only read; empty: shop.db beside the checkpoint"
-    system: str = ""
-    "system message at the start"
-    temperature: float = 0.7
-    "0 always takes the most likely token; 1 samples as in training"
-    max_new_tokens: int = 100
-    "longest piece of a response"
-    seed: int = 0
-    "same seed, same responses"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    checkpoint: str = ""         # empty: OUT/ppo.pt, else dpo.pt, else sft.pt, else gpt.pt
+    db: str = ""                 # SQLite file for queries; empty: shop.db beside the checkpoint
+    system: str = ""             # system message at the start
+    temperature: float = 0.7     # 0 always takes the most likely token; 1 samples as in training
+    max_new_tokens: int = 100    # longest piece of a response
 
 
 @torch.no_grad()
@@ -67,15 +56,15 @@ def stream(model, ids, max_new_tokens, temperature=1.0, rng=None):
     size = min(block_size, len(ids) + max_new_tokens)
     cache = gpt.KVCache(model.config, 1, size, device, model.wte.weight.dtype)
     states = model.hidden(torch.tensor([ids], device=device), cache)          # (1, T, C)
-    cache.lengths, cache.longest = torch.tensor([len(ids)], device=device), len(ids)
+    cache.fill([len(ids)])
     for n in range(1, max_new_tokens + 1):
-        logits = F.linear(states[:, -1], model.wte.weight)                    # (1, V)
+        logits = model.unembed(states[:, -1])                                 # (1, V)
         token = gpt.sample_tokens(logits, temperature, rng=rng)               # (1,)
         yield token.item()
         if n == max_new_tokens or len(ids) + n == block_size:
             return
         states = model.hidden(token[:, None], cache)                          # (1, 1, C)
-        cache.lengths, cache.longest = cache.lengths + 1, cache.longest + 1
+        cache.step()
 
 
 def printable(text):
@@ -148,10 +137,10 @@ def fit_context(messages, enc, block_size, reserve):
     turns = [m for m in messages if m["role"] != "system"]
     n_bytes = max(len(m["content"].encode("utf-8", "replace")) for m in system + turns[-1:])
     # More bytes than this cannot fit. Do not tokenize them: one long word takes quadratic time.
-    if n_bytes <= block_size * max(map(len, enc.token_byte_values())):
-        while len(turns) > 1 and len(sft.render_prompt(system + turns, enc)) > block_size - reserve:
+    if n_bytes <= block_size * max(map(len, token_bytes(enc))):
+        while len(turns) > 1 and len(render_prompt(system + turns, enc)) > block_size - reserve:
             turns = turns[2:]
-        if len(sft.render_prompt(system + turns, enc)) <= block_size - 16:
+        if len(render_prompt(system + turns, enc)) <= block_size - 16:
             return system + turns
     subject = "the system message and your message" if system else "your message"
     raise UserError(f"too long: {subject} must leave 16 tokens of the context of {block_size} for "
@@ -166,7 +155,7 @@ def make_prompt(messages, enc, block_size, base, cfg):
         return enc.encode_ordinary(kept[0]["content"])
     if len(kept) < len(messages):
         note("(the context is full: the model no longer sees the oldest turns)")
-    return sft.render_prompt(kept, enc)
+    return render_prompt(kept, enc)
 
 
 def save(path, messages):
@@ -268,9 +257,9 @@ def converse(model, enc, db, base, cfg, terminal):
 
 
 def main(cfg):
-    gpt.require(cfg, 0, "temperature")
-    gpt.require(cfg, 1, "max_new_tokens")
-    model, enc, path, base = load_policy(cfg, gpt.pick_device(cfg.device))
+    require(cfg, 0, "temperature")
+    require(cfg, 1, "max_new_tokens")
+    model, enc, path, base = load_policy(cfg, pick_device(cfg.device))
     shop = Path(cfg.db) if cfg.db else path.with_name("shop.db")
     db = tools.open_database(shop) if cfg.db or shop.exists() else None
     terminal = sys.stdin.isatty()
@@ -292,4 +281,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

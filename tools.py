@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gpt
-import sft
-from run import UserError
+from data.tokenizer import end_of
+from scaffold.cli import UserError
+from sft import decode_response, render_prompt
 
 FUNCTIONS = set("count sum total avg min max abs round length lower upper trim substr instr "
                 "coalesce ifnull nullif like".split())
@@ -192,19 +193,18 @@ def respond_with_tools(model, enc, chats, db, max_new_tokens=100, seed=None, **s
     all of it since the last result. After MAX_CALLS results, the next call ends the response.
     chat.respond repeats this loop: it yields one chat token by token, this one samples a batch.
     """
-    end = gpt.end_of(enc)
     block_size = model.config.block_size
-    prompts = [sft.render_prompt(chat, enc) for chat in chats]
+    prompts = [render_prompt(chat, enc) for chat in chats]
     texts = [""] * len(chats)
     queries = [[] for _ in chats]
     active = list(range(len(chats)))
     for turn in range(MAX_CALLS + 1):
         heads = [prompts[i] + enc.encode_ordinary(texts[i]) for i in active]
-        new = gpt.generate(model, heads, max_new_tokens, stop=end,
+        new = gpt.generate(model, heads, max_new_tokens, stop=end_of(enc),
                            seed=None if seed is None else seed + turn, **sampling)
         unfinished = []
         for i, ids in zip(active, new):
-            written = enc.decode([token for token in ids if token != end])
+            written = decode_response(ids, enc)
             call = find_call(written) if db else None
             if call is None:
                 texts[i] += written

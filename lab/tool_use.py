@@ -37,35 +37,26 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
+from data import corpus
+from data.formats import load_chats, load_grader, read_records
+from data.tokenizer import end_of
 from data.village import WORDS
-from run import announce
+from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
+from scaffold.run import ensure_stage, log_metrics, set_seed
 from tools import NOTHING, open_database, respond_with_tools, run_query
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of this run; checkpoint and shops go to OUT/tools"
-    demos: int = 3000
-    "tasks about the shop to learn from; they are mixed with the usual demonstrations"
-    epochs: int = 4
-    "passes over the data"
-    lr: float = 1e-3
-    "peak learning rate, cosine to a tenth"
-    batch_tokens: int = 1024
-    "tokens per step, padding included; half of sft.py's: copying a number takes many steps"
-    n: int = 100
-    "test tasks of each shape and wording"
-    prompts: str = ""
-    "prompts with tasks, to check that nothing else is lost; empty: OUT/data/prompts_test.jsonl"
-    max_new_tokens: int = 100
-    "longest piece of a response: a statement takes up to 60 tokens"
-    gold: str = "data.village:gold"
-    "module:function that grades (task, response), for reports only"
-    seed: int = 0
-    "same seed, same machine, same run"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    demos: int = 3000            # tasks about the shop, mixed with the village's demonstrations
+    epochs: int = 4              # passes over the data
+    lr: float = 1e-3             # peak learning rate, cosine to a tenth
+    batch_tokens: int = 1024     # tokens per step, padding included; half of sft.py's, because
+                                 # copying a number takes many steps to learn
+    n: int = 100                 # test tasks of each shape and wording
+    prompts: str = ""            # the usual tasks; empty: OUT/data/prompts_test.jsonl
+    max_new_tokens: int = 100    # longest piece of a response; a statement takes up to 60 tokens
+    gold: str = "data.village:gold"   # module:function that grades (task, response), for reports
 
 
 class Shape(NamedTuple):
@@ -225,18 +216,18 @@ def right_response(task, db):
 
 
 def tool_examples(tasks, db, enc):
-    """Make the two training sequences of each task -> [(ids, mask)], as sft.tokenize gives them."""
+    """Make the two training sequences of each task -> [sft.Example]."""
     examples = []
     for task in tasks:
         before, result, after = response_parts(task, db)
         prompt = sft.render_prompt(task.prompt, enc)
         call = enc.encode_ordinary(f"{before}<<< {task.statement} >>>")
         head = prompt + enc.encode_ordinary(before + result)
-        tail = enc.encode_ordinary(after) + [gpt.end_of(enc)]
+        tail = enc.encode_ordinary(after) + [end_of(enc)]
         for given, learned in ((prompt, call), (head, tail)):
             ids = torch.tensor(given + learned)
             mask = torch.tensor([0] * len(given) + [1] * len(learned))
-            examples.append((ids, mask))
+            examples.append(sft.Example(ids, mask))
     return examples
 
 
@@ -259,14 +250,16 @@ def with_earlier_turn(tasks, db, enc, block_size, rng, chats=()):
 
 
 def train(name, path, examples, device, cfg):
-    """Fine-tune the checkpoint at `path` on (ids, mask) examples, as sft.py does -> model."""
-    gpt.set_seed(cfg.seed)
+    """Fine-tune the checkpoint at `path` on examples, as sft.py does -> model."""
+    set_seed(cfg.seed)
     model, _, _ = gpt.load_model(path, device)
 
     def log(**row):
-        gpt.log_metrics(Path(cfg.out) / "tools.jsonl", model=name, **row)
+        log_metrics(Path(cfg.out) / "tools.jsonl", model=name, **row)
 
-    for _ in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, cfg.seed, name, log):
+    epochs = sft.fine_tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, cfg.seed, name,
+                           log)
+    for _ in epochs:
         pass
     return model
 
@@ -300,8 +293,8 @@ def guess_rate(tasks, db):
     return rates
 
 
-def print_row(label, rates, log):
-    gpt.log_metrics(log, row=label, **rates)
+def report_row(label, rates, log):
+    log_metrics(log, row=label, **rates)
     cells = [f"{rates[shape]:.1%}" if shape in rates else "-" for shape in COLUMNS]
     print(f"{label:<39}" + "".join(f"{cell:>9}" for cell in cells))
 
@@ -327,16 +320,16 @@ def report(models, enc, old, new, known, cfg, rng):
             Row("no tool, shop of training", "no tool", old_shop, old_db, False)]
     print("\nright responses, greedy, word by word  " + "".join(f"{shape:>9}" for shape in COLUMNS))
     for label, name, tasks, db, executor in rows:
-        print_row(label, accuracy(models[name], enc, tasks, db, executor, cfg), log)
+        report_row(label, accuracy(models[name], enc, tasks, db, executor, cfg), log)
     answerable = [task for task in seen if task.shape != "nothing"]
-    print_row("a guess", guess_rate(answerable, new_db), log)
+    report_row("a guess", guess_rate(answerable, new_db), log)
     return seen[::cfg.n]
 
 
 def report_usual_tasks(models, enc, db, cfg, path):
     """Print and log the gold grade of the village's usual tasks and the share of needless calls."""
-    records = [record for _, record in sft.read_records(path)]
-    gold = sft.gold_hook(cfg.gold, records)
+    records = [record for _, record in read_records(path)]
+    gold = load_grader(cfg.gold, records)
     if not gold:
         return
     prompts = [record["prompt"] for record in records]
@@ -347,7 +340,7 @@ def report_usual_tasks(models, enc, db, cfg, path):
         mean = golds.mean().item()
         half = 1.96 * golds.std(correction=0).item() / len(golds) ** 0.5   # of a 95% interval
         calls = sum(len(response.queries) > 0 for response in responses) / len(responses)
-        gpt.log_metrics(Path(cfg.out) / "tools.jsonl", row=f"usual tasks: {name}", gold=mean,
+        log_metrics(Path(cfg.out) / "tools.jsonl", row=f"usual tasks: {name}", gold=mean,
                         gold_ci=half, needless_calls=calls)
         print(f"usual tasks, {name:<10} gold {mean:.2f} ±{half:.2f}, calls {calls:.1%}")
 
@@ -368,27 +361,25 @@ def open_shops(cfg):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "demos", "epochs", "batch_tokens", "max_new_tokens", "n")
-    gpt.require(cfg, 0, "lr", most=10)
-    device = gpt.pick_device(cfg.device)
-    out = gpt.run_folder(cfg.out)
-    if not (out / "gpt.pt").exists():
-        announce(out / "gpt.pt", "pretraining it", False)
-        gpt.main(gpt.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+    require(cfg, 1, "demos", "epochs", "batch_tokens", "max_new_tokens", "n")
+    require(cfg, 0, "lr", most=10)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
+    ensure_stage(out / "gpt.pt", gpt, cfg)
     _, enc, base = gpt.load_model(out / "gpt.pt", device)
     block_size = base["gpt"]["block_size"]
-    data = sft.village_data(out, cfg.seed)
+    data = corpus.ensure(out / "data", cfg.seed)
     rng = random.Random(cfg.seed)
     old, new, known = make_shops(out / "tools", rng)
     old_db, new_db = open_shops(cfg)
 
-    chats = sft.load_chats(data / "sft_train.jsonl", cfg.seed)
+    chats = load_chats(data / "sft_train.jsonl", cfg.seed)
     tasks = training_tasks(old, known, cfg.demos, rng)
     third = rng.sample(tasks, len(tasks) // 3)
     tasks += with_earlier_turn(third, old_db, enc, block_size, rng, chats)
     usual = sft.tokenize(chats, enc, block_size)
     print(f"tool_use.py: {len(usual):,} usual chats, {len(tasks):,} shop tasks, device {device}")
-    gpt.log_metrics(out / "tools.jsonl", fresh=True, shop=new, shop_train=old)
+    log_metrics(out / "tools.jsonl", fresh=True, shop=new, shop_train=old)
 
     examples = usual + tool_examples(tasks, old_db, enc)
     models = {"tool": train("tool", out / "gpt.pt", examples, device, cfg)}
@@ -411,4 +402,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

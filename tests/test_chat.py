@@ -16,13 +16,17 @@ import torch
 import chat
 import gpt
 import reward
-import sft
 import tools
-from run import UserError
+from data.formats import load_chats
+from data.tokenizer import end_of, fingerprint, get_tokenizer
+from scaffold import cli
+from scaffold.cli import UserError
+from scaffold.run import save_checkpoint
+from sft import render_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-ENC = gpt.get_tokenizer()
-END = gpt.end_of(ENC)
+ENC = get_tokenizer()
+END = end_of(ENC)
 ASSISTANT = ENC.encode_single_token("<|assistant|>")
 
 
@@ -57,7 +61,7 @@ def assistant(text):
 
 
 def encode(*messages):
-    return sft.render_prompt(list(messages), ENC)
+    return render_prompt(list(messages), ENC)
 
 
 def plan_for(prompt, response):
@@ -424,7 +428,7 @@ def test_save_writes_what_sft_reads(converse, tmp_path, monkeypatch):
     lines = ["/save early.jsonl", "Hi?", "/save talk.jsonl", "/save old.jsonl", "/save talk.jsonl",
              "/save no/such/folder.jsonl"]
     _, err = converse("\n".join(lines) + "\n", reciter(plan_for("Hi?", "moo 牛.")))
-    saved = sft.load_chats(tmp_path / "talk.jsonl")
+    saved = load_chats(tmp_path / "talk.jsonl")
     assert saved == [{"messages": user("Hi?") + assistant("moo 牛.")}]
     assert (tmp_path / "old.jsonl").read_text() == "mine"
     assert err.count("exists") == 2
@@ -473,8 +477,8 @@ def test_which_checkpoint_is_loaded(converse, tmp_path):
 def test_a_reward_model_is_refused(converse, tmp_path):
     model = reward.RewardModel(tiny())
     path = tmp_path / "reward.pt"
-    gpt.save_checkpoint(path, model=model.state_dict(), gpt=vars(model.body.config), tokenizer="",
-                        fingerprint=gpt.fingerprint(ENC))
+    save_checkpoint(path, model=model.state_dict(), gpt=vars(model.body.config), tokenizer="",
+                        fingerprint=fingerprint(ENC))
     with pytest.raises(UserError, match="is a reward model"):
         converse("Hi?\n", checkpoint=str(path))
 
@@ -584,7 +588,7 @@ def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, part):
     checkpoint(tmp_path / "m.pt", tiny())
     monkeypatch.setattr(sys, "argv", ["chat.py", *args.split()])
     with pytest.raises(SystemExit) as e:
-        gpt.run(chat.main, chat.Config, chat.__doc__)
+        cli.start(chat.main, chat.Config, chat.__doc__)
     error = capsys.readouterr().err
     assert e.value.code == 2
     assert error.count("\n") == 1

@@ -11,13 +11,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import gpt  # noqa: E402
-import sft  # noqa: E402
-import tools  # noqa: E402
-from lab import tool_use  # noqa: E402
+import gpt
+import tools
+from data import corpus
+from data.tokenizer import end_of, get_tokenizer
+from lab import tool_use
+from scaffold.cli import start
+from sft import render_prompt
 
-ENC = gpt.get_tokenizer()
-END = gpt.end_of(ENC)
+ENC = get_tokenizer()
+END = end_of(ENC)
 ITEMS = [f"{colour} {thing}" for colour in ("red", "blue", "white")
          for thing in ("kite", "hat", "cup", "boat")]
 SHOP = {item: 10 + 3 * i for i, item in enumerate(ITEMS)}
@@ -104,7 +107,7 @@ def test_the_two_sequences_of_a_demonstration(shop_db):
     for task in draw_tasks(10):
         before, result, after = tool_use.response_parts(task, shop_db)
         (ids, mask), (ids2, mask2) = tool_use.tool_examples([task], shop_db, ENC)
-        prompt = sft.render_prompt(task.prompt, ENC)
+        prompt = render_prompt(task.prompt, ENC)
         for x, m in ((ids, mask), (ids2, mask2)):
             assert x.shape == m.shape
             assert set(m.tolist()) == {0, 1}
@@ -187,7 +190,7 @@ def chain(tmp_path, monkeypatch):
     test_prompt = json.dumps({"prompt": prompt, "task": task})
     (tmp_path / "sft_train.jsonl").write_text(8 * (demonstration + "\n"))
     (tmp_path / "prompts_test.jsonl").write_text(test_prompt + "\n")
-    monkeypatch.setattr(sft, "village_data", lambda out, seed: tmp_path)
+    monkeypatch.setattr(corpus, "ensure", lambda folder, seed: tmp_path)
     return tmp_path
 
 
@@ -232,7 +235,7 @@ def test_the_command(chain, capsys):
     assert "gold" in rows["usual tasks: tool"]
     files = sorted(file.name for file in (chain / "tools").iterdir())
     assert files == ["sft.pt", "shop.db", "shop_train.db"]
-    assert not (chain / "sft.pt").exists(), "eval.py would take it for the policy"
+    assert not (chain / "sft.pt").exists(), "evaluate.py would take it for the policy"
     tool_use.main(tool_use.Config(**cfg))
     assert read_log(chain) == log, "same seed, same run"
 
@@ -277,7 +280,7 @@ def test_held_out_means_held_out(chain, monkeypatch):
 def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, part):
     monkeypatch.setattr(sys, "argv", f"tool_use.py --out {tmp_path} {args}".split())
     with pytest.raises(SystemExit) as e:
-        gpt.run(tool_use.main, tool_use.Config, tool_use.__doc__)
+        start(tool_use.main, tool_use.Config, tool_use.__doc__)
     error = capsys.readouterr().err
     assert e.value.code == 2
     assert error.count("\n") == 1

@@ -10,12 +10,13 @@ import time
 import pytest
 
 import gpt
-import sft
 import tools
-from run import UserError
+from data.tokenizer import end_of, get_tokenizer
+from scaffold.cli import UserError
+from sft import render_prompt
 
-ENC = gpt.get_tokenizer()
-END = gpt.end_of(ENC)
+ENC = get_tokenizer()
+END = end_of(ENC)
 ASSISTANT = ENC.encode_single_token("<|assistant|>")
 PRICES = {"red kite": 47, "blue hat": 30, "white cup": 12, "black boat": 99}
 KITE = "SELECT price FROM shop WHERE item = 'red kite'"
@@ -560,6 +561,6 @@ def test_results_are_cut_to_fit_the_context(play, tmp_path, block_size, name):
     assert response.text.endswith("!")
     kept = response.text.removesuffix("!")
     assert name.startswith(kept.rstrip("."))
-    n_tokens = len(sft.render_prompt(user("How much?"), ENC)) + len(ENC.encode_ordinary(kept))
+    n_tokens = len(render_prompt(user("How much?"), ENC)) + len(ENC.encode_ordinary(kept))
     assert n_tokens <= block_size - 16
     assert n_tokens > block_size - 16 - 6 or kept == name
