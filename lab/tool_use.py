@@ -81,7 +81,8 @@ class Row(NamedTuple):
     executor: bool           # False: the model's calls are not run
 
 
-# Every wording names the shop, because the village itself does not know what a kite costs.
+# Every wording names the shop. Outside it such prices stay unknown: the village has prompts about
+# them whose right response is that nobody knows.
 COST = ["How much is the {} in the shop?",
         "What does the {} cost in the shop?",
         "Tell me the price of the {} in the shop.",
@@ -267,8 +268,8 @@ def train(name, path, examples, device, cfg):
 def accuracy(model, enc, tasks, db, executor, cfg):
     """Compute the share of tasks whose greedy response is right, word by word -> {shape: share}."""
     right = {}
-    for start in range(0, len(tasks), 200):
-        batch = tasks[start:start + 200]
+    for first in range(0, len(tasks), 200):
+        batch = tasks[first:first + 200]
         responses = respond_with_tools(model, enc, [task.prompt for task in batch],
                                        db if executor else None, cfg.max_new_tokens, temperature=0)
         for task, response in zip(batch, responses):

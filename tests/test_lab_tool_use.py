@@ -16,7 +16,7 @@ import tools
 from data import corpus
 from data.tokenizer import end_of, get_tokenizer
 from lab import tool_use
-from scaffold.cli import start
+from scaffold.cli import UserError, start
 from sft import render_prompt
 
 ENC = get_tokenizer()
@@ -270,6 +270,15 @@ def test_held_out_means_held_out(chain, monkeypatch):
         assert len(set(new) - named) == 8, "eight items are named nowhere"
         for item, price in new.items():
             assert f"The {item} costs {price} coins" not in text
+
+
+def test_a_stopped_pretraining_is_not_discarded(tmp_path):
+    state = tmp_path / "gpt.state"
+    state.write_bytes(b"hours of work")
+    with pytest.raises(UserError, match="gpt.state: a run .*--resume"):
+        tool_use.main(tool_use.Config(out=str(tmp_path), device="cpu"))
+    assert state.read_bytes() == b"hours of work"
+    assert list(tmp_path.iterdir()) == [state]
 
 
 @pytest.mark.parametrize("args, part", [
