@@ -36,7 +36,7 @@ HELP = """/reset         forget the conversation, except the system message
 
 @dataclass
 class Config(BaseConfig):
-    checkpoint: str = ""         # empty: OUT/ppo.pt, else dpo.pt, else sft.pt, else gpt.pt
+    checkpoint: str = ""         # policy; empty: ppo.pt of OUT, else dpo.pt, sft.pt or gpt.pt
     db: str = ""                 # SQLite file for queries; empty: shop.db beside the checkpoint
     system: str = ""             # system message at the start
     temperature: float = 0.7     # 0 always takes the most likely token; 1 samples as in training
