@@ -13,7 +13,6 @@ The prompt is the whole conversation while it fits the context. Then the oldest 
 the system message stays. A base model (gpt.pt) knows no turns: it continues each line.
 """
 import codecs
-import json
 import os
 import re
 import sys
@@ -24,8 +23,10 @@ import torch
 
 import gpt
 import tools
-from data.tokenizer import token_bytes
+from data.formats import save_chat
+from data.tokenizer import decode_token, token_bytes
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
+from scaffold.table import printable
 from sft import render_prompt
 
 HELP = """/reset         forget the conversation, except the system message
@@ -65,21 +66,6 @@ def stream(model, ids, max_new_tokens, temperature=1.0, rng=None):
             return
         states = model.hidden(token[:, None], cache)                          # (1, 1, C)
         cache.step()
-
-
-def printable(text):
-    """Replace control characters except newline and tab: they could be terminal escape codes."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
-
-
-def decode_token(enc, token):
-    """Return the bytes of a token: None for a special token, b"" for an id without a token."""
-    if enc.is_special_token(token):
-        return None
-    try:
-        return enc.decode_single_token_bytes(token)
-    except KeyError:
-        return b""
 
 
 def held_back(text):
@@ -158,19 +144,6 @@ def make_prompt(messages, enc, block_size, base, cfg):
     return render_prompt(kept, enc)
 
 
-def save(path, messages):
-    """Write a conversation as one line of JSON to a new file; never overwrite one."""
-    if not path:
-        raise UserError("name a file: /save FILE")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise UserError("nothing to save yet")
-    try:
-        with open(path, "x", encoding="utf-8") as f:
-            f.write(json.dumps({"messages": messages}) + "\n")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; name another file") from None
-
-
 def load_policy(cfg, device):
     """Load the checkpoint to chat with -> (model, tokenizer, path, whether it is a base model)."""
     paths = [Path(cfg.out) / f"{name}.pt" for name in ("ppo", "dpo", "sft", "gpt")]
@@ -199,7 +172,7 @@ def run_command(line, messages):
         note("system message " + ("set" if argument else "removed"))
         return [{"role": "system", "content": argument}, *turns] if argument else turns
     if name == "/save":
-        save(argument, messages)
+        save_chat(argument, messages)
         note(f"saved {argument}")
     elif name in ("/help", "/?"):
         note(HELP)

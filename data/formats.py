@@ -89,6 +89,19 @@ def write_records(path, records):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
+def save_chat(path, messages):
+    """Write a conversation as one line of JSON to a new file; never overwrite one."""
+    if not path:
+        raise UserError("name a file: /save FILE")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise UserError("nothing to save yet")
+    try:
+        with open(path, "x", encoding="utf-8") as f:
+            f.write(json.dumps({"messages": messages}) + "\n")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; name another file") from None
+
+
 def print_skipped(path, total, counts):
     """Print how many of the records of a file were skipped, and why. counts: {reason: number}."""
     for reason, n in counts.items():

@@ -84,6 +84,16 @@ def token_bytes(enc):
     return table
 
 
+def decode_token(enc, token):
+    """Return the bytes of a token: None for a special token, b"" for an id without a token."""
+    if enc.is_special_token(token):
+        return None
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
 def fingerprint(enc):
     """Return a short hash of all that gives ids their meaning; checkpoints store it."""
     h = hashlib.sha256(enc._pat_str.encode())

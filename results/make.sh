@@ -29,7 +29,7 @@ for seed in ${1:-0 1 2}; do
     for flags in "--update sft" "--pairs gold" "--pairs random" "--frozen-judge" "--replay 0"; do python self_reward.py --seed 0 --out "$run" $flags; done
   fi
   for file in "$run"/self_reward-*.jsonl; do grep '"stage"' "$file" > "results/$(basename "$file" .jsonl)-seed$seed.jsonl"; done
-  python tools.py --seed "$seed" --out "$run"
+  python lab/tool_use.py --seed "$seed" --out "$run"
   grep -v '"step"' "$run/tools.jsonl" > "results/tools-seed$seed.jsonl"
 done
 # The short experiments on run 0, each over three seeds of its own.

@@ -1,6 +1,11 @@
 """Tables, rows and samples for the terminal."""
 
 
+def printable(text):
+    """Replace control characters except newline and tab: they could be terminal escape codes."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
 def cell(value, form):
     """Format one value; "-" if it is missing, a list of shares as 40/50/10."""
     if value is None:

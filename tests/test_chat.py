@@ -18,9 +18,10 @@ import gpt
 import reward
 import tools
 from data.formats import load_chats
-from data.tokenizer import end_of, fingerprint, get_tokenizer
+from data.tokenizer import decode_token, end_of, fingerprint, get_tokenizer
 from scaffold import cli
 from scaffold.cli import UserError
+from scaffold.table import printable
 from scaffold.run import save_checkpoint
 from sft import render_prompt
 
@@ -189,16 +190,16 @@ def test_any_special_token_ends_a_response(monkeypatch, token):
 
 
 def test_decode_token():
-    assert chat.decode_token(ENC, ENC.n_vocab + 5) == b""
-    assert chat.decode_token(ENC, END) is None
-    raw = b"".join(chat.decode_token(ENC, token) for token in ENC.encode_ordinary("moo 牛"))
+    assert decode_token(ENC, ENC.n_vocab + 5) == b""
+    assert decode_token(ENC, END) is None
+    raw = b"".join(decode_token(ENC, token) for token in ENC.encode_ordinary("moo 牛"))
     assert raw.decode() == "moo 牛"
 
 
 def test_printable():
-    assert chat.printable("moo\n\t牛 ü") == "moo\n\t牛 ü"
+    assert printable("moo\n\t牛 ü") == "moo\n\t牛 ü"
     for bad in ("\x1b[2J", "\r", "\x07", "\x9b1m", "\u202e", "\x00", "\x7f", "\x08"):
-        shown = chat.printable(bad)
+        shown = printable(bad)
         assert shown[0] == "\ufffd"
         assert not any(c in shown for c in "\x1b\r\x07\x9b\u202e\x00\x7f\x08")
 
@@ -531,7 +532,7 @@ def test_a_base_model_in_a_real_pipe(tmp_path):
     special = [i for i, token in enumerate(ids) if ENC.is_special_token(token)]
     text = ENC.decode(ids[:min(special, default=len(ids))])
     assert text
-    assert out == chat.printable(text) + "\n"
+    assert out == printable(text) + "\n"
     assert "base model" in err
     assert code == 0
 

@@ -845,12 +845,12 @@ MUTANTS = [
     # Tools.
     Mutant(
         name="result-trained",
-        file="tools.py",
+        file="lab/tool_use.py",
         old="((prompt, call), (head, tail))",
         new="((prompt, call), (prompt, head[len(prompt):] + tail))",
         bug="the model learns to say what the tool says",
         published="verl-tool #116",
-        tests="tools"),
+        tests="lab_tool_use"),
     Mutant(
         name="database-writable",
         file="tools.py",
