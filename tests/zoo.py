@@ -797,8 +797,8 @@ MUTANTS = [
     Mutant(
         name="instance-cut-off",
         file="self_instruct.py",
-        old='[:None if ended or "\\nTask:" in text else -1]',
-        new="",
+        old="pairs = pairs[:-1]   # the last instance was cut off",
+        new="pairs = pairs[:]",
         bug="an instance that was cut off is kept",
         published="stanford_alpaca generate_instruction.py guards against it",
         tests="self_instruct"),
@@ -812,7 +812,7 @@ MUTANTS = [
         tests="self_reward"),
     Mutant(
         name="unparsed-is-0",
-        file="self_reward.py",
+        file="data/verdicts.py",
         old="read = [s for s in scores if s is not None and not math.isnan(s)]",
         new="read = [s or 0.0 for s in scores]",
         bug="a verdict that cannot be read is a score of 0",
@@ -820,9 +820,9 @@ MUTANTS = [
         tests="self_reward"),
     Mutant(
         name="first-number",
-        file="self_reward.py",
-        old="float(found[-1]) if found",
-        new="float(found[0]) if found",
+        file="data/verdicts.py",
+        old="return float(found[-1])",
+        new="return float(found[0])",
         bug="the first number of a verdict is taken for its score",
         published="openagent-eval #74",
         tests="self_reward"),
