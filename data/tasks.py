@@ -1,29 +1,47 @@
-"""The village's tasks as Self-Instruct sees them: an instruction, an input that may be empty, an output; and a reader that grades any of them.
+"""The village's tasks in Self-Instruct's form, and a reader that grades any of them.
 
-    instruction   Which colour is named in the text? Say it twice.        the last sentence is a manner: how to say it
-    input         Ann found a red ball at the mill.
-    output        The colour is red. The colour is red.
+    instruction   Which food is named in the text? Say it twice.
+    input         Ann has a ball. Ann likes soup.
+    output        The food is soup. The food is soup.
 
-    python data/tasks.py                             print ten tasks
-    python data/tasks.py --out out/data              write seed_tasks.jsonl, tasks_test.jsonl and pages/, the texts that make a model promptable
+The input may be empty. The last sentence of an instruction may be a manner: how to say the output.
+new_task draws a task. read_instruction and read_input turn its words back into the task, and
+helpful grades an output. So a program can audit every task that a model writes.
 
-Whoever has never seen a numbered list cannot be asked to go on with one. So a model that is to write tasks reads pages first: lists
-of tasks, worked examples, labels with inputs, and which task is a classification. They show one half of the world: a pair of a
-topic and a manner whose hash is odd is on no page and in no seed task, nor is the fourth wording of an instruction.
+    python data/tasks.py                     print ten tasks
+    python data/tasks.py --out out/data      write the files below
+
+    seed_tasks.jsonl                         175 tasks as people would write them
+    tasks_val.jsonl, tasks_test.jsonl        tasks to grade a fine-tuned model on
+    pages/                                   documents that make a base model promptable
+
+A model continues a numbered list only if it has read numbered lists. So the base model of
+Self-Instruct reads pages first: lists of tasks, worked examples, labels with inputs, and tasks with
+"Is it classification?". The pages show one half of the world. A pair of topic and manner with an
+odd hash is on no page and in no seed task, and neither is the fourth wording of an instruction.
 """
-import argparse, json, random, re, sys, zlib
+import argparse
+import json
+import random
+import re
+import sys
+import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import corpus, village
-from data.village import FACTS, IGNORANCE, KINDS, LIFE, RUDE_LINES, WORDS, Reply, Story, Wishes, sentences, slots
+from data.village import FACTS, IGNORANCE, KINDS, LIFE, RUDE_LINES, WORDS
+from data.village import Reply, Story, Wishes, sentences, slots
 
 
 class Sort(Reply):
-    """A word and its kind: a task with a few labels."""
-    FORMS = dict(sort=(["Is it an animal, a food, a place or a colour?", "Tell me the kind of this: animal, food, place or colour.",
-                        "Put the word where it belongs: animal, food, place or colour.", "Animal, food, place or colour, which is it?"],
+    """A word and its kind: a classification with four labels."""
+    FORMS = dict(sort=(["Is it an animal, a food, a place or a colour?",
+                        "Tell me the kind of this: animal, food, place or colour.",
+                        "Put the word where it belongs: animal, food, place or colour.",
+                        "Animal, food, place or colour, which is it?"],
                        "It is of the kind {sort}.", "{sort}.", 0.5))
 
     def make(self, pick, rng):
@@ -32,57 +50,103 @@ class Sort(Reply):
 
 
 class Same(Reply):
-    """Two people and what they like: yes or no."""
-    FORMS = dict(same=(["Do the two like the same food, yes or no?", "Say yes if both like the same food, else say no.",
-                        "Tell me yes or no: is it the same food for both?", "The same food for the two of them, yes or no?"],
+    """Two people and what they like: a classification with the labels yes and no."""
+    FORMS = dict(same=(["Do the two like the same food, yes or no?",
+                        "Say yes if both like the same food, else say no.",
+                        "Tell me yes or no: is it the same food for both?",
+                        "The same food for the two of them, yes or no?"],
                        "The answer is {yesno}.", "{yesno}.", 0.5))
 
     def make(self, pick, rng):
-        (one, two), food = rng.sample(WORDS["person"], 2), pick("food")
-        other = food if rng.random() < 0.5 else rng.choice([f for f in WORDS["food"] if f != food])
-        return dict(topic="same", known=True, text=f"{one} likes {food}. {two} likes {other}.", yesno="yes" if food == other else "no")
+        one, two = rng.sample(WORDS["person"], 2)
+        food = pick("food")
+        if rng.random() < 0.5:
+            other = food
+        else:
+            other = rng.choice([f for f in WORDS["food"] if f != food])
+        return dict(topic="same", known=True, text=f"{one} likes {food}. {two} likes {other}.",
+                    yesno="yes" if food == other else "no")
 
 
 class Line(Reply):
     """Three things in a row: which is first, and which is last?"""
-    FORMS = dict(first=(["Which thing comes first in the line?", "Name the first thing of the line.", "Tell me what stands first.",
-                         "The line starts with what?"], "The first is the {thing}.", "{thing}.", 0.5),
-                 last=(["Which thing comes last in the line?", "Name the last thing of the line.", "Tell me what stands last.",
-                        "The line ends with what?"], "The last is the {thing}.", "{thing}.", 0.5))
+    FORMS = dict(
+        first=(["Which thing comes first in the line?", "Name the first thing of the line.",
+                "Tell me what stands first.", "The line starts with what?"],
+               "The first is the {thing}.", "{thing}.", 0.5),
+        last=(["Which thing comes last in the line?", "Name the last thing of the line.",
+               "Tell me what stands last.", "The line ends with what?"],
+              "The last is the {thing}.", "{thing}.", 0.5))
 
     def make(self, pick, rng):
-        topic, line = rng.choice(list(self.FORMS)), rng.sample(WORDS["thing"], 3)
-        return dict(topic=topic, known=True, text=", ".join(line) + ".", thing=line[0 if topic == "first" else 2])
+        topic = rng.choice(list(self.FORMS))
+        line = rng.sample(WORDS["thing"], 3)
+        return dict(topic=topic, known=True, text=", ".join(line) + ".",
+                    thing=line[0] if topic == "first" else line[-1])
 
 
-MORE_WORDS = dict(sort=["animal", "food", "place", "colour"], yesno=["yes", "no"], x=list("1234"), y=list("12345"))
-ALL = {k: v for k, v in KINDS.items() if k != "chat"} | dict(sort=Sort(), same=Same(), line=Line())
-CLASSIFICATION = ("tone", "manners", "sort", "same")
+MORE_WORDS = dict(sort=["animal", "food", "place", "colour"], yesno=["yes", "no"],
+                  x=list("1234"), y=list("12345"))
+ALL = {name: kind for name, kind in KINDS.items() if name != "chat"}
+ALL |= dict(sort=Sort(), same=Same(), line=Line())
+CLASSIFICATION = ("tone", "manners", "sort", "same")   # topics whose outputs are labels
+ANSWERABLE = list(FACTS)[:5]                           # topics of openqa that the village knows
 
-# How each topic that has an input is asked when the input stands apart, and the input itself.
-ASK = {("closedqa", t): ["Read the text. " + q, "Answer from the text: " + q, "Look it up in the text: " + q, "The text will tell: " + q]
-       for t, (_, q) in LIFE.items()}
-ASK |= {("extract", k): [f"Which {k} is named in the text?", f"Find the {k} in the text.", f"Pick the {k} out of the text.",
-                         f"The text names which {k}?"] for k in LIFE}
-ASK |= {("summary", "story"): ["Sum up the story in one sentence.", "Say in one sentence what happens.", "Make the story short, please.",
-                               "Tell the story in short."],
-        ("rewrite", "polite"): ["Say it in a polite way.", "Make the line more polite, please.", "How do I ask for this nicely?", "Turn it into a polite line."],
-        ("rewrite", "past"): ["Put the line in the past.", "Tell it as a thing of the past.", "Say it in the past tense.", "It was yesterday, so say it anew."],
-        ("rewrite", "plural"): ["Make it two of them.", "Say it with two, not one.", "Not one but two: say it anew.", "There are two now, so say it anew."],
-        ("classify", "tone"): ["Is the line happy or sad?", "Which mood is it, happy or sad?", "Tell me if this is happy or sad.", "Happy or sad, what is it?"],
-        ("classify", "manners"): ["Is the line polite or rude?", "How does it sound, polite or rude?", "Tell me if this is polite or rude.", "Polite or rude, what is it?"]}
-INPUT = {("rewrite", "polite"): "Give me the {thing}!", ("rewrite", "past"): "{person} walks to the {place}.",
-         ("rewrite", "plural"): "{person} has a {thing}.", ("sort", "sort"): "{word}"}
-INPUT |= {op: "{text}" for op in [*ASK, ("same", "same"), ("line", "first"), ("line", "last")] if op not in INPUT}
+# An op is a pair (kind, topic). ASK: the wordings of the ops whose input stands apart.
+ASK = {("closedqa", topic): ["Read the text. " + question,
+                             "Answer from the text: " + question,
+                             "Look it up in the text: " + question,
+                             "The text will tell: " + question]
+       for topic, (_, question) in LIFE.items()}
+ASK |= {("extract", topic): [f"Which {topic} is named in the text?",
+                             f"Find the {topic} in the text.",
+                             f"Pick the {topic} out of the text.",
+                             f"The text names which {topic}?"]
+        for topic in LIFE}
+ASK |= {
+    ("summary", "story"): ["Sum up the story in one sentence.", "Say in one sentence what happens.",
+                           "Make the story short, please.", "Tell the story in short."],
+    ("rewrite", "polite"): ["Say it in a polite way.", "Make the line more polite, please.",
+                            "How do I ask for this nicely?", "Turn it into a polite line."],
+    ("rewrite", "past"): ["Put the line in the past.", "Tell it as a thing of the past.",
+                          "Say it in the past tense.", "It was yesterday, so say it anew."],
+    ("rewrite", "plural"): ["Make it two of them.", "Say it with two, not one.",
+                            "Not one but two: say it anew.", "There are two now, so say it anew."],
+    ("classify", "tone"): ["Is the line happy or sad?", "Which mood is it, happy or sad?",
+                           "Tell me if this is happy or sad.", "Happy or sad, what is it?"],
+    ("classify", "manners"): ["Is the line polite or rude?", "How does it sound, polite or rude?",
+                              "Tell me if this is polite or rude.", "Polite or rude, what is it?"]}
 
-# Manners can be asked of any task: three wordings, and what becomes of the answer.
-MANNERS = dict(
-    well=(["Start with: Well.", "Begin your answer with: Well.", "Say well before it."], "Well. {answer}"),
-    thanks=(["End with: Thank you.", "Do not forget to say thank you.", "Say thank you after it."], "{answer} Thank you."),
-    twice=(["Say it twice.", "Say it two times.", "Give the answer twice."], "{answer} {answer}"),
-    listen=(["Say it to {person}.", "Tell it to {person}.", "It is {person} who wants to know."], "Listen, {person}. {answer}"),
-    here=(["You are at the {place}.", "Say that you are at the {place}.", "Speak from the {place}."], "Here at the {place}: {answer}"),
-    sure=(["Say that you are sure.", "Be sure of it and say so.", "I want you to be sure."], "{answer} I am sure."))
+# INPUT: the form of each op's input. An op that is not in it has no input.
+INPUT = {("rewrite", "polite"): "Give me the {thing}!",
+         ("rewrite", "past"): "{person} walks to the {place}.",
+         ("rewrite", "plural"): "{person} has a {thing}.",
+         ("sort", "sort"): "{word}"}
+INPUT |= {op: "{text}" for op in [*ASK, ("same", "same"), ("line", "first"), ("line", "last")]
+          if op not in INPUT}
+
+
+class Manner(NamedTuple):
+    wordings: list   # three ways to ask for it
+    form: str        # the output in this manner
+
+
+MANNERS = dict(   # any task can be asked in any manner
+    well=Manner(["Start with: Well.", "Begin your answer with: Well.", "Say well before it."],
+                "Well. {output}"),
+    thanks=Manner(["End with: Thank you.", "Do not forget to say thank you.",
+                   "Say thank you after it."],
+                  "{output} Thank you."),
+    twice=Manner(["Say it twice.", "Say it two times.", "Give the answer twice."],
+                 "{output} {output}"),
+    listen=Manner(["Say it to {person}.", "Tell it to {person}.",
+                   "It is {person} who wants to know."],
+                  "Listen, {person}. {output}"),
+    here=Manner(["You are at the {place}.", "Say that you are at the {place}.",
+                 "Speak from the {place}."],
+                "Here at the {place}: {output}"),
+    sure=Manner(["Say that you are sure.", "Be sure of it and say so.", "I want you to be sure."],
+                "{output} I am sure."))
 
 
 @lru_cache(maxsize=None)
@@ -91,330 +155,523 @@ def pattern(template):
 
 
 def match(template, text):
+    """Invert str.format: return {slot: word}, or None if the text does not fit the template."""
     found = pattern(template).fullmatch(text)
-    return found and found.groupdict()
+    return None if found is None else found.groupdict()
+
+
+def topics(name):
+    """List the topics of a kind. A kind with wishes has one topic."""
+    kind = ALL[name]
+    if isinstance(kind, Wishes):
+        return [name]
+    return list(kind.ASK if name == "brainstorm" else kind.FORMS)
+
+
+OPS = [(name, topic) for name in ALL for topic in topics(name)]
+LONG_OPS = [(name, topic) for name, topic in OPS if isinstance(ALL[name], Wishes)]
 
 
 def wordings(op):
-    """The four ways in which a topic is asked; the last is held out."""
-    kind = ALL[op[0]]
-    return ASK.get(op) or (kind.ASK if isinstance(kind, Wishes) else kind.ASK[op[1]] if hasattr(kind, "ASK") else kind.FORMS[op[1]][0])
+    """Return the four ways to ask for a topic; the last one is held out."""
+    name, topic = op
+    kind = ALL[name]
+    if op in ASK:
+        return ASK[op]
+    if isinstance(kind, Wishes):
+        return kind.ASK
+    return kind.ASK[topic] if name == "brainstorm" else kind.FORMS[topic][0]
 
 
-OPS = [(k, t) for k, v in ALL.items() for t in getattr(v, "FORMS", v.ASK if k == "brainstorm" else [k])]
+def is_classification(op):
+    _, topic = op
+    return topic in CLASSIFICATION
 
 
 def seen(op, manner):
-    """Is this pair in the half of the world that pages and seed tasks show?"""
-    return manner is None or zlib.crc32(f"{op[1]} {manner}".encode()) % 2 == 0
+    """Return whether the pages and the seed tasks show this pair of topic and manner."""
+    _, topic = op
+    return manner is None or zlib.crc32(f"{topic} {manner}".encode()) % 2 == 0
+
+
+def draw_manner(op, half, rng):
+    """Draw a manner, or None: always None for "plain", half of the time for "seen"."""
+    if half == "plain" or (half == "seen" and rng.random() >= 0.5):
+        return None
+    return rng.choice([m for m in MANNERS if seen(op, m) == (half == "seen")] or [None])
 
 
 def new_task(rng, op=None, half="seen", wording=None):
-    """-> a task: village's fields, and op, instruction, input, manner and its words. half: seen, unseen (both mean a manner's pair) or plain."""
-    pick = lambda slot: rng.choice(WORDS[slot])
-    op = op or rng.choice(OPS + [o for o in OPS if isinstance(ALL[o[0]], Wishes)] * 2)   # long texts have more to vary
-    task = {}
-    while task.get("topic", op[1]) != op[1] or not task:
-        task = {"kind": op[0]} | ALL[op[0]].make(pick, rng)
-    manner = None
-    if half == "unseen" or half == "seen" and rng.random() < 0.5:
-        manner = rng.choice([m for m in MANNERS if seen(op, m) == (half == "seen")] or [None])
+    """Draw a task: the village's fields, and op, instruction, input, manner and said.
+
+    half     "seen" or "unseen" pairs of topic and manner, or "plain": no manner
+    wording  0 to 3; None draws one of the first three
+    said     the words that the manner fills in
+    """
+    def pick(slot):
+        return rng.choice(WORDS[slot])
+
+    op = op or rng.choice(OPS + LONG_OPS * 2)   # long texts have more to vary
+    name, topic = op
+    kind = ALL[name]
+    task = {"kind": name} | kind.make(pick, rng)
+    while task.get("topic", topic) != topic:
+        task = {"kind": name} | kind.make(pick, rng)
+    manner = draw_manner(op, half, rng)
     said = {"person": pick("person"), "place": pick("place")}
     number = rng.randrange(3) if wording is None else wording
-    kind = ALL[op[0]]
-    parts = [wordings(op)[number]] + [kind.ASK_WISH[w] for w in task.get("wishes", ())]
-    instruction = " ".join(parts).format(**task) + (" " + rng.choice(MANNERS[manner][0]).format(**said) if manner else "")
-    return task | dict(op=op, instruction=instruction, input=INPUT.get(op, "").format(**task), manner=manner, said=said)
+    wishes = [kind.ASK_WISH[w] for w in task.get("wishes", [])]
+    instruction = " ".join([wordings(op)[number], *wishes]).format(**task)
+    if manner:
+        instruction += " " + rng.choice(MANNERS[manner].wordings).format(**said)
+    return task | dict(op=op, instruction=instruction, input=INPUT.get(op, "").format(**task),
+                       manner=manner, said=said)
 
 
 def ideal(task, rng, whole=0.7):
-    """A right answer, in the manner asked for; now and then a short one."""
+    """Write a right output in the task's manner, as a whole sentence with probability `whole`."""
     kind = ALL[task["kind"]]
     if isinstance(kind, Wishes):
-        answer = kind.answer(task, rng, care=1.0)
+        output = kind.answer(task, rng, care=1.0)
     elif task["kind"] == "brainstorm":
         words = rng.sample(WORDS[task["topic"]], 2 + WORDS["number"].index(task["number"]))
-        answer = ", ".join(words[:-1]) + " and " + words[-1] + "."
+        output = ", ".join(words[:-1]) + " and " + words[-1] + "."
     elif not task["known"]:
-        answer = rng.choice(IGNORANCE)
+        output = rng.choice(IGNORANCE)
     else:
         _, long, short, worth = kind.FORMS[task["topic"]]
-        answer = (long if rng.random() < whole or worth < 0.4 else short).format(**task)
-    return MANNERS[task["manner"]][1].format(answer=answer, **task["said"]) if task["manner"] else answer
+        output = (long if rng.random() < whole or worth < 0.4 else short).format(**task)
+    return in_manner(task, output)
+
+
+def in_manner(task, output):
+    if task["manner"] is None:
+        return output
+    return MANNERS[task["manner"]].form.format(output=output, **task["said"])
+
+
+def without_manner(task, output):
+    """Invert in_manner. Returns "" if the output is not in the task's manner."""
+    if task["manner"] is None:
+        return output
+    if task["manner"] == "twice":
+        half = len(output) // 2
+        twice = output[:half] == output[half + 1:] and output[half:half + 1] == " "
+        return output[:half] if twice else ""
+    before, after = in_manner(task, "\0").split("\0")
+    fits = output.startswith(before) and output.endswith(after)
+    return output[len(before):len(output) - len(after)] if fits else ""
+
+
+def read_manner(instruction):
+    """Split off the manner -> (rest of the instruction, manner or None, words of the manner)."""
+    words = instruction.split()
+    for name, manner in MANNERS.items():
+        for form in manner.wordings:
+            n = len(form.split())
+            said = match(form, " ".join(words[-n:]))
+            if said is not None:
+                return " ".join(words[:-n]), name, said
+    return instruction, None, {}
 
 
 def read_instruction(text):
-    """The inverse of new_task, without the input: a task with what the instruction alone tells, or None if it is not one of ours."""
-    manner, said, core = None, {}, text
-    for name, (forms, _) in MANNERS.items():
-        for form in forms:
-            n = len(form.split())
-            head, tail = " ".join(text.split()[:-n]), " ".join(text.split()[-n:])
-            if (found := match(form, tail)) is not None:
-                manner, said, core = name, found, head
+    """Invert new_task: return what the instruction alone tells, or None if it is not ours."""
+    core, manner, said = read_manner(text)
     for op in OPS:
-        kind = ALL[op[0]]
+        name, topic = op
         for number, form in enumerate(wordings(op)):
-            if isinstance(kind, Wishes):
-                task = read_wishes(kind, form, core)
+            task = {"kind": name, "op": op, "wording": number, "manner": manner, "said": said}
+            if isinstance(ALL[name], Wishes):
+                found = read_wishes(ALL[name], form, core)
             else:
-                task = match(form, core)
-            if task is not None:
-                topic = {} if isinstance(kind, Wishes) else {"topic": op[1]}
-                return complete({"kind": op[0], "op": op, "wording": number, "manner": manner, "said": said} | topic | task)
+                task["topic"] = topic
+                found = match(form, core)
+            if found is not None:
+                return complete(task | found)
     return None
 
 
 def read_wishes(kind, form, text):
-    """A request of several sentences -> its words and wishes, or None where one is said twice or is not among the wishes."""
-    n = len(sentences(form) or [])
+    """Read a request and the wishes after it: return its words, and the wishes in order.
+
+    Returns None if there is no wish, a wish comes twice, or a sentence is no wish of this kind.
+    """
+    n = len(sentences(form))
     lines = sentences(text) or []
-    task = match(form, " ".join(lines[:n])) if len(lines) > n else None
+    task = match(form, " ".join(lines[:n]))
+    lines = lines[n:]
+    if task is None or not lines:
+        return None
     wishes = []
-    i = n
-    while task is not None and i < len(lines):
-        for name, wish in kind.ASK_WISH.items():
-            k = len(sentences(wish))
-            found = match(wish, " ".join(lines[i:i + k]))
-            if found is not None and name not in wishes:
-                task, wishes, i = task | found, wishes + [name], i + k
+    while lines:
+        for wish, wish_form in kind.ASK_WISH.items():
+            n = len(sentences(wish_form))
+            words = match(wish_form, " ".join(lines[:n]))
+            if words is not None and wish not in wishes:
                 break
         else:
             return None
-    return task and task | {"wishes": wishes}
+        task |= words
+        wishes.append(wish)
+        lines = lines[n:]
+    return task | {"wishes": wishes}
 
 
 def complete(task):
-    """What the village knows beyond the words of an instruction: facts, and what nobody can know."""
-    kind, topic = task["kind"], task.get("topic")
+    """Add what the village knows beyond the words of an instruction.
+
+    These are its facts, and `known`: whether anybody can know the answer.
+    """
+    kind = task["kind"]
+    topic = task.get("topic")
     if kind == "advert":
         task["price"] = FACTS["price"][task["food"]]
-    if kind == "openqa":
-        key, asked = slots(ALL[kind].FORMS[topic][1])
-        task["known"] = topic in list(FACTS)[:5]
-        task |= {asked: FACTS[topic][task[key]]} if task["known"] else {}
-    elif kind == "other":
-        task["known"] = True
-        if topic == "digit":
-            return task | {"digit": str(int(task["x"]) + int(task["y"]))}
-        back = {v: k for k, v in FACTS["hanzi"].items()}
-        task |= {"hanzi": FACTS["hanzi"][task["english"]]} if topic == "hanzi" else {"english": back[task["hanzi"]]}
+    elif kind == "openqa":
+        task["known"] = topic in ANSWERABLE
+        if task["known"]:
+            key, asked = slots(ALL[kind].FORMS[topic][1])
+            task[asked] = FACTS[topic][task[key]]
     elif hasattr(ALL[kind], "FORMS"):
         task["known"] = True
+    if kind == "other" and topic == "digit":
+        task["digit"] = str(int(task["x"]) + int(task["y"]))
+    elif kind == "other" and topic == "hanzi":
+        task["hanzi"] = FACTS["hanzi"][task["english"]]
+    elif kind == "other":
+        english = {hanzi: word for word, hanzi in FACTS["hanzi"].items()}
+        task["english"] = english[task["hanzi"]]
     return task
 
 
 def read_input(task, text):
-    """Add what the input tells to a task that was read from its instruction; None if the input does not fit it."""
-    op = task["op"]
-    if op not in INPUT:
-        return task if not text else None
+    """Add what the input tells to a task from read_instruction; None if it does not fit."""
+    if task["op"] not in INPUT:
+        return None if text else task
+    words = input_words(task["op"], text, task.get("person"))
+    return None if words is None else task | words
+
+
+def input_words(op, text, person):
+    """Read an input: return its words and what follows from them, or None if it does not fit.
+
+    person: the one that the instruction names, or None.
+    """
     kind, topic = op
     if kind in ("closedqa", "extract"):
-        told = {}
-        for line in sentences(text) or [""]:
-            found = next((((t, w)) for t, (s, _) in LIFE.items() if (w := match(s, line)) is not None), None)
-            if found is None or found[0] in told or found[1]["person"] != told.get("person", task.get("person", found[1]["person"])):
-                return None
-            told |= {"person": found[1]["person"], found[0]: found[1][found[0]]}
-        return task | told | {"known": topic in told}
+        return read_life(topic, text, person)
     if kind == "summary":
-        for last in ("mood", "food"):
-            if (found := match(" ".join(Story.PARTS[p][0] for p in ("place", "thing", last)), text)) is not None:
-                return task | found
-        return None
-    if kind == "classify" and topic == "tone":
-        found = match("{person} is {mood}.", text)
-        return found and task | found | {"label": "happy" if found["mood"] in village.GOOD_MOODS else "sad"}
+        return read_story(text)
     if kind == "classify":
-        polite = match("Could you please give me the {thing}?", text)
-        return task | {"label": "polite" if polite else "rude"} if polite or text in RUDE_LINES else None
+        return read_tone(text) if topic == "tone" else read_politeness(text)
     if kind == "sort":
-        found = [k for k in MORE_WORDS["sort"] if text.strip(".") in WORDS[k]]
-        return task | {"sort": found[0]} if found else None
+        kinds = [k for k in MORE_WORDS["sort"] if text.strip(".") in WORDS[k]]
+        return {"sort": kinds[0]} if kinds else None
     if kind == "same":
-        lines = [match("{person} likes {food}.", line) for line in sentences(text) or []]
-        if len(lines) != 2 or None in lines or lines[0]["person"] == lines[1]["person"]:
-            return None
-        return task | {"yesno": "yes" if lines[0]["food"] == lines[1]["food"] else "no"}
+        return read_likes(text)
     if kind == "line":
         things = text.removesuffix(".").split(", ")
-        return task | {"thing": things[0 if topic == "first" else -1]} if len(things) > 1 and set(things) <= set(WORDS["thing"]) else None
-    found = match(INPUT[op], text)
-    return found and task | found
+        fits = len(things) > 1 and set(things) <= set(WORDS["thing"])
+        return {"thing": things[0 if topic == "first" else -1]} if fits else None
+    return match(INPUT[op], text)
+
+
+def read_life(topic, text, person):
+    """Read sentences of the form LIFE, each about another topic, all about one person.
+
+    known: whether one of them is about the topic that the instruction asks for.
+    """
+    told = {}
+    for line in sentences(text) or [""]:
+        for about, (form, _) in LIFE.items():
+            words = match(form, line)
+            if words is not None:
+                break
+        else:
+            return None
+        if about in told or words["person"] != (person or words["person"]):
+            return None
+        person = words["person"]
+        told |= {"person": person, about: words[about]}
+    return told | {"known": topic in told}
+
+
+def read_story(text):
+    for last in ("mood", "food"):
+        words = match(" ".join(Story.PARTS[part][0] for part in ("place", "thing", last)), text)
+        if words is not None:
+            return words
+    return None
+
+
+def read_likes(text):
+    """Read what two different people like: {"yesno": whether both like the same}, or None."""
+    lines = [match("{person} likes {food}.", line) for line in sentences(text) or []]
+    if len(lines) != 2 or None in lines:
+        return None
+    one, two = lines
+    if one["person"] == two["person"]:
+        return None
+    return {"yesno": "yes" if one["food"] == two["food"] else "no"}
+
+
+def read_tone(text):
+    words = match("{person} is {mood}.", text)
+    if words is None:
+        return None
+    return words | {"label": "happy" if words["mood"] in village.GOOD_MOODS else "sad"}
+
+
+def read_politeness(text):
+    if match("Could you please give me the {thing}?", text):
+        return {"label": "polite"}
+    return {"label": "rude"} if text in RUDE_LINES else None
+
+
+def spans(text):
+    """List the substrings that begin and end where a sentence may."""
+    starts = [0] + [m.end() for m in re.finditer("[.!?:] ", text)]
+    ends = [m.end() for m in re.finditer("[.!?]", text)]
+    return [text[start:end] for start in starts for end in ends if end > start]
 
 
 def read_prompt(text):
-    """A prompt as the village's chats have it, instruction and input in one -> its task; {"kind": "nonsense"} if it is none of ours."""
+    """Read a prompt of the village's chats, which holds instruction and input in one string.
+
+    Returns {"kind": "nonsense"} if the prompt is not ours.
+    """
     task = read_instruction(text)
     if task and not task["manner"] and task["op"] not in INPUT:
         return task
-    starts = [0] + [m.end() for m in re.finditer("[.!?:] ", text)]
-    spans = [text[i:m.end()] for i in starts for m in re.finditer("[.!?]", text) if m.end() > i]   # any of them may be the text asked about
+    inputs = spans(text)   # any of them may be the input
     for op in ASK:
         for form in KINDS[op[0]].FORMS[op[1]][0]:
-            for span in spans if "{text}" in form else ("",):
-                found = match(form.replace("{text}", "\0"), text.replace(span, "\0", 1) if span else text)
-                start = {"kind": op[0], "topic": op[1], "op": op, "known": True, "manner": None}
-                whole = found is not None and (read_input(start | found, span) if span else start | found)
-                if whole:
-                    return whole
+            for span in inputs if "{text}" in form else [""]:
+                task = read_filled(op, form, text, span)
+                if task is not None:
+                    return task
     return {"kind": "nonsense"}
 
 
+def read_filled(op, form, text, span):
+    """Read a prompt as a form with the span as its {text}, or None. An empty span: no {text}."""
+    if span:
+        form = form.replace("{text}", "\0")
+        text = text.replace(span, "\0", 1)
+    words = match(form, text)
+    if words is None:
+        return None
+    name, topic = op
+    task = {"kind": name, "topic": topic, "op": op, "known": True, "manner": None} | words
+    return read_input(task, span) if span else task
+
+
 def helpful(task, output):
-    """0 to 1, as the village grades it; 0 where the manner is not kept. task: from read_input, or from new_task."""
-    if task["manner"] == "twice":
-        half = len(output) // 2
-        output = output[:half] if output[:half] == output[half + 1:] and output[half:half + 1] == " " else ""
-    elif task["manner"]:
-        before, after = MANNERS[task["manner"]][1].format(answer="\0", **task["said"]).split("\0")
-        output = output[len(before):len(output) - len(after)] if output.startswith(before) and output.endswith(after) else ""
-    return ALL[task["kind"]].helpful(task, output)
+    """Grade an output as the village does, from 0 to 1; 0 if it is not in the task's manner.
+
+    task: from read_input or new_task.
+    """
+    return ALL[task["kind"]].helpful(task, without_manner(task, output))
+
+
+class Audit(NamedTuple):
+    valid: bool   # the instruction is a task of this world
+    fits: bool    # the input belongs to it
+    right: bool   # the output is right
 
 
 def audit(instruction, input, output):
-    """-> (valid, fits, right): is it a task of this world, does the input belong to it, is the output right?"""
     task = read_instruction(instruction)
-    whole = task and read_input(task, input)
-    needed = 0.4 if task and isinstance(ALL[task["kind"]], Reply) else 1.0
-    return task is not None, whole is not None, whole is not None and helpful(whole, output) >= needed
+    if task is None:
+        return Audit(False, False, False)
+    whole = read_input(task, input)
+    if whole is None:
+        return Audit(True, False, False)
+    needed = 0.4 if isinstance(ALL[task["kind"]], Reply) else 1.0   # one right word is right, too
+    return Audit(True, True, helpful(whole, output) >= needed)
 
 
-def answered(rng, wrong=0.1, **choice):
-    """A task with an output; some outputs are those of another task of the same topic, as on the web."""
+def task_with_output(rng, wrong=0.1, **choice):
+    """Draw a task and an output.
+
+    With probability `wrong` it is the output of another task of the same topic, as on the web.
+    """
     task = new_task(rng, **choice)
     other = new_task(rng, op=task["op"]) if rng.random() < wrong else task
     return task, ideal(other, rng)
 
 
 def label_of(task):
+    """Return the label of a classification task."""
     return next(task[k] for k in ("label", "sort", "yesno") if k in task)
 
 
 def list_page(rng):
-    return "Come up with a series of tasks:\n" + "\n".join(f"{i}. {new_task(rng)['instruction']}" for i in range(1, rng.randint(11, 14)))
+    """Write a list of instructions."""
+    lines = [f"{i}. {new_task(rng)['instruction']}" for i in range(1, rng.randint(11, 14))]
+    return "Come up with a series of tasks:\n" + "\n".join(lines)
 
 
 def question_page(rng):
-    """A list of what people ask a chat: instruction and input in one, as in the village's prompts."""
+    """Write a list of first turns of the village's chats: instruction and input in one."""
     lines = []
     while len(lines) < 11:
-        task, messages = village.new_task(rng)
-        lines += [f"{len(lines) + 1}. {messages[0]['content']}"] if len(messages) == 1 else []
+        _, messages = village.new_task(rng)
+        if len(messages) == 1:
+            lines.append(f"{len(lines) + 1}. {messages[0]['content']}")
     return "Come up with a series of tasks:\n" + "\n".join(lines)
 
 
 def example_block(task, examples):
-    """A task with its examples, input first: 'Task: I', then 'Input: X' and 'Output: Y' of each."""
-    return f"Task: {task['instruction']}\n" + "".join((f"Input: {x}\n" if x else "") + f"Output: {y}\n" for x, y in examples)
+    """Write a task and its examples, (input, output) pairs, input first."""
+    lines = [f"Task: {task['instruction']}"]
+    for x, y in examples:
+        if x:
+            lines.append(f"Input: {x}")
+        lines.append(f"Output: {y}")
+    return "\n".join(lines) + "\n"
 
 
 def example_page(rng):
+    """Write four to six tasks with an example each."""
     blocks = []
     for _ in range(rng.randint(4, 6)):
-        task, output = answered(rng)
+        task, output = task_with_output(rng)
         blocks.append(example_block(task, [(task["input"], output)]))
     return "\n".join(blocks)
 
 
 def example(rng):
-    """A task alone, with one to three examples where it has an input: what a page of tasks teaches slowly, because the other
-    blocks distract, this teaches fast."""
-    task, output = answered(rng)
-    found, asked = {task["input"]: output}, read_instruction(task["instruction"])
+    """Write a task alone, with one to three examples if it has an input.
+
+    On a page of several tasks the other blocks distract; a task alone teaches the format faster.
+    """
+    task, output = task_with_output(rng)
+    read = read_instruction(task["instruction"])
+    outputs = {task["input"]: output}
     for _ in range(rng.randint(0, 2) if task["input"] else 0):
         whole = None
-        while whole is None:   # until the input fits: the person that an instruction names must be in it
-            text = new_task(rng, op=task["op"], half="plain")["input"]
-            whole = read_input(asked, text)
-        found[text] = ideal(whole, rng)
-    return example_block(task, found.items())
+        while whole is None:   # the input must be about the person that the instruction names
+            x = new_task(rng, op=task["op"], half="plain")["input"]
+            whole = read_input(read, x)
+        outputs[x] = ideal(whole, rng)
+    return example_block(task, outputs.items())
 
 
 def label_page(rng):
-    """Output first: each label, and an input that gets it."""
+    """Write three to five classification tasks, output first: two labels, each with an input."""
     blocks = []
     for _ in range(rng.randint(3, 5)):
-        task = new_task(rng, op=rng.choice([o for o in OPS if o[1] in CLASSIFICATION]))
-        block, labels = f"Task: {task['instruction']}\n", set()
+        task = new_task(rng, op=rng.choice([op for op in OPS if is_classification(op)]))
+        lines = [f"Task: {task['instruction']}"]
+        labels = set()
         while len(labels) < 2:
             other = new_task(rng, op=task["op"], half="plain")
-            if label_of(other) in labels:
-                continue
-            labels.add(label_of(other))
-            block += f"Class label: {ideal(other | {'manner': task['manner'], 'said': task['said']}, rng)}\nInput: {other['input']}\n"
-        blocks.append(block)
+            if label_of(other) not in labels:
+                labels.add(label_of(other))
+                output = ideal(other | {"manner": task["manner"], "said": task["said"]}, rng)
+                lines += [f"Class label: {output}", f"Input: {other['input']}"]
+        blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 
 
 def kind_page(rng):
-    """Which task is a classification?"""
-    lines = []
+    """Write five to eight tasks, and of each whether it is a classification."""
+    blocks = []
     for _ in range(rng.randint(5, 8)):
         yes = rng.random() < 0.4
-        task = new_task(rng, op=rng.choice([o for o in OPS if (o[1] in CLASSIFICATION) == yes]))
-        lines.append(f"Task: {task['instruction']}\nIs it classification? {'Yes' if task['op'][1] in CLASSIFICATION else 'No'}\n")
-    return "\n".join(lines)
+        task = new_task(rng, op=rng.choice([op for op in OPS if is_classification(op) == yes]))
+        label = "Yes" if yes else "No"
+        blocks.append(f"Task: {task['instruction']}\nIs it classification? {label}\n")
+    return "\n".join(blocks)
 
 
-# Each page, and its share of what is read; the rest is what the model has read before.
-PAGES = dict(list_pages=(list_page, 0.14), question_pages=(question_page, 0.12), examples=(example, 0.34), example_pages=(example_page, 0.14),
+# Each page and its share of what the model reads. The rest is what it has read before, so that it
+# does not forget.
+PAGES = dict(list_pages=(list_page, 0.14), question_pages=(question_page, 0.12),
+             examples=(example, 0.34), example_pages=(example_page, 0.14),
              label_pages=(label_page, 0.08), kind_pages=(kind_page, 0.04))
 
 
 def write_pages(folder, seed=0, megabytes=10.0):
-    """pages/: the pages, and the old sources anew so that nothing is forgotten."""
-    folder, rng = Path(folder) / "pages", random.Random(seed)
-    sources = PAGES | {k: (f, share * (1 - sum(v[1] for v in PAGES.values()))) for k, (f, share) in corpus.SOURCES.items()}
-    corpus.write_texts(folder, sources, rng, megabytes)
+    """Write the pages, and new documents of the old sources, to folder/pages, and return it."""
+    rest = 1 - sum(share for _, share in PAGES.values())
+    old = {name: (document, share * rest) for name, (document, share) in corpus.SOURCES.items()}
+    folder = Path(folder) / "pages"
+    corpus.write_texts(folder, PAGES | old, random.Random(seed), megabytes)
     return folder
 
 
 def seed_tasks(rng, n=175):
-    """People's tasks: right, of every topic, in the paper's format; a classification shows two inputs of different labels."""
-    found = []
+    """Write people's tasks in the paper's format: of every topic, with right outputs.
+
+    A classification task has two instances with different labels.
+    """
+    seeds = []
     for i in range(n):
         task = new_task(rng, op=OPS[i % len(OPS)])
-        given = [(task["input"], ideal(task, rng))]
-        while task["op"][1] in CLASSIFICATION and len(given) < 2:
-            other = new_task(rng, op=task["op"], half="plain") | {k: task[k] for k in ("manner", "said")}
+        _, topic = task["op"]
+        pairs = [(task["input"], ideal(task, rng))]
+        while is_classification(task["op"]) and len(pairs) < 2:
+            other = new_task(rng, op=task["op"], half="plain")
+            other |= {"manner": task["manner"], "said": task["said"]}
             if label_of(other) != label_of(task):
-                given.append((other["input"], ideal(other, rng)))
-        found.append(dict(id=f"seed_task_{i}", name=task["op"][1], instruction=task["instruction"], is_classification=task["op"][1] in CLASSIFICATION,
-                          instances=[{"input": x, "output": y} for x, y in given]))
-    return found
+                pairs.append((other["input"], ideal(other, rng)))
+        seeds.append(dict(id=f"seed_task_{i}", name=topic, instruction=task["instruction"],
+                          is_classification=is_classification(task["op"]),
+                          instances=[{"input": x, "output": y} for x, y in pairs]))
+    return seeds
+
+
+def held_out_tasks(rng):
+    """Draw the test tasks, in three parts.
+
+    seen    pairs of topic and manner that the pages show
+    unseen  pairs that they do not show
+    user    the fourth wording, with or without a manner
+    """
+    seen_part = [new_task(rng, half="seen") for _ in range(256)]
+    unseen_part = [new_task(rng, half="unseen") for _ in range(256)]
+    user_part = [new_task(rng, half="seen", wording=3) for _ in range(252)]
+    parts = dict(seen=seen_part, unseen=unseen_part, user=user_part)
+    return [dict(part=part) | task for part, tasks in parts.items() for task in tasks]
 
 
 def ensure(folder, seed=0):
-    """Write seed tasks, validation and test tasks and pages/ into the folder unless they are there. -> the folder.
-
-    Parts of the test: seen (pairs of topic and manner that the pages show), unseen (pairs that they do not), and user: the fourth
-    wording, with or without a manner, which no page and no seed has.
-    """
-    folder, rng = Path(folder), random.Random(seed)
-    if (folder / "pages" / "mixture.json").exists():
+    """Write the files of the docstring into the folder unless they are there, and return it."""
+    folder = Path(folder)
+    if (folder / "pages" / "mixture.json").exists():   # the last file to be written
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    tests = [dict(part=part) | new_task(rng, half=half, wording=wording)
-             for part, n, half, wording in (("seen", 256, "seen", None), ("unseen", 256, "unseen", None), ("user", 252, "seen", 3)) for _ in range(n)]
-    for name, records in (("seed_tasks", seed_tasks(rng)), ("tasks_val", [new_task(rng) for _ in range(200)]), ("tasks_test", tests)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8", newline="\n")
+    rng = random.Random(seed)
+    files = dict(tasks_test=held_out_tasks(rng), seed_tasks=seed_tasks(rng),
+                 tasks_val=[new_task(rng) for _ in range(200)])
+    for name, records in files.items():
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
     write_pages(folder, seed)
     return folder
 
 
 def show(n, seed):
+    """Print n tasks with an output and its audit."""
     rng = random.Random(seed)
     for _ in range(n):
-        task, output = answered(rng, half=rng.choice(["seen", "unseen"]))
-        print(f"instruction  {task['instruction']}\ninput        {task['input']}\noutput       {output}    {audit(task['instruction'], task['input'], output)}\n")
+        task, output = task_with_output(rng, half=rng.choice(["seen", "unseen"]))
+        verdict = audit(task["instruction"], task["input"], output)
+        print(f"instruction  {task['instruction']}")
+        print(f"input        {task['input']}")
+        print(f"output       {output}    {'right' if verdict.right else 'wrong'}\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=10, help="how many tasks to print [%(default)s]")
     parser.add_argument("--out", default="", help="write the files to this folder instead")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="other seed, other tasks [%(default)s]")
     args = parser.parse_args()
-    print(f"wrote {ensure(args.out, args.seed)}") if args.out else show(args.n, args.seed)
+    if args.out:
+        print(f"wrote {ensure(args.out, args.seed)}")
+    else:
+        show(args.n, args.seed)
