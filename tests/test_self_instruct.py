@@ -1,6 +1,10 @@
-"""Properties of self_instruct.py: the filters against brute force, what is read from what a model wrote, and each step with a model that says what the
-test wants it to say. Also of the two things of gpt.py that it needs: a longer context, and --init.
+"""Properties of self_instruct.py, step by step.
+
+ROUGE-L is compared with its definition, the parsers with strings written by hand. In the steps that
+ask a model, FakeAsk stands in for it and answers what the test needs. The last section is about two
+things in gpt.py that only self_instruct.py needs: a longer context, and --init.
 """
+
 import functools
 import json
 import math
@@ -8,6 +12,7 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,59 +21,127 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import gpt  # noqa: E402
 import self_instruct as si  # noqa: E402
+import sft  # noqa: E402
 from data import tasks  # noqa: E402
 from gpt import UserError  # noqa: E402
+from lab import instruction_quality  # noqa: E402
 
 ENC = gpt.get_tokenizer()
 END = gpt.end_of(ENC)
+HEAD = "Come up with a series of tasks:"
 
 
-def tiny(block=64, seed=0, **sizes):
-    """A small model far from GPT-2's nearly uniform start."""
+def random_gpt(block=64, seed=0):
+    """Return a small model whose weights are far from their nearly uniform start."""
     torch.manual_seed(seed)
-    model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, block, **{**dict(n_layer=1, n_head=2, n_embd=16), **sizes}))
+    model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, block, n_layer=1, n_head=2, n_embd=16))
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return model.eval()
 
 
-def saved(path, **choice):
-    model = tiny(**choice)
+def saved_gpt(path, block=64):
+    model = random_gpt(block)
     gpt.save_model(path, model, ENC, "", seed=0, data="")
     return model
 
 
-def paper(n=400):
-    """A stand-in where only the size of the context is asked for."""
+def same_weights(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def context_of(n):
+    """Return a stand-in for a model of which only the context length is asked."""
     return SimpleNamespace(config=SimpleNamespace(block_size=n))
+
+
+def n_tokens(text):
+    return len(ENC.encode_ordinary(text))
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Call(NamedTuple):
+    prompts: list
+    max_new_tokens: int
+    sampling: dict
+
+
+class FakeAsk:
+    """Replaces self_instruct.ask: keeps its calls, and answers respond(prompt, n).
+
+    n counts the prompts of all calls. A response is (string, whether the model stopped by itself).
+    """
+
+    def __init__(self, monkeypatch, respond):
+        self.respond = respond
+        self.calls = []
+        monkeypatch.setattr(si, "ask", self)
+
+    def __call__(self, model, enc, prompts, max_new_tokens, **sampling):
+        n = sum(len(call.prompts) for call in self.calls)
+        self.calls.append(Call(list(prompts), max_new_tokens, sampling))
+        return [self.respond(prompt, n + i) for i, prompt in enumerate(prompts)]
 
 
 # ROUGE-L
 
+
 def lcs(a, b):
-    """Longest common subsequence by its definition, recursively."""
+    """Length of the longest common subsequence, by its recursive definition."""
+
     @functools.lru_cache(None)
     def longest(i, j):
-        if not i or not j:
+        if i == 0 or j == 0:
             return 0
-        return longest(i - 1, j - 1) + 1 if a[i - 1] == b[j - 1] else max(longest(i - 1, j), longest(i, j - 1))
+        if a[i - 1] == b[j - 1]:
+            return longest(i - 1, j - 1) + 1
+        return max(longest(i - 1, j), longest(i, j - 1))
+
     return longest(len(a), len(b))
 
 
 def random_pairs(n, seed=0):
+    """Yield n pairs of strings of 0 to 90 words, separated by spaces and punctuation."""
     rng = random.Random(seed)
+
+    def string(vocabulary):
+        separator = rng.choice([" ", ", ", "! "])
+        return separator.join(rng.choices(vocabulary, k=rng.randint(0, rng.choice([4, 20, 90]))))
+
     for _ in range(n):
-        some = [f"w{i}" for i in range(rng.choice([2, 5, 30]))]
-        yield tuple(rng.choice([" ", ", ", "! "]).join(rng.choices(some, k=rng.randint(0, rng.choice([4, 20, 90])))) for _ in range(2))
+        vocabulary = [f"w{i}" for i in range(rng.choice([2, 5, 30]))]
+        yield string(vocabulary), string(vocabulary)
 
 
-HAND_MADE = [("testing one two", "testing one", 0.8), ("the cat sat on the mat", "the cat lay on the mat", 10 / 12), ("a b c d", "d c b a", 0.25),
-             ("Name two animals.", "name TWO animals", 1.0), ("", "", 0.0), ("", "cat", 0.0), ("... !?", "cat", 0.0), ("猫和狗", "猫和狗", 0.0), ("猫 is cat", "狗 is cat", 1.0),
-             ("don't stop", "don t stop", 1.0), ("snake_case", "snake case", 1.0), ("naïve", "na ve", 1.0), ("a a a", "a", 0.5), ("x1 2y", "x1 2y z", 0.8),
-             ("police killed the gunman", "police kill the gunman", 0.75), ("police killed the gunman", "the gunman kill police", 0.5)]
+ROUGE_PAIRS = {
+    "a prefix": ("testing one two", "testing one", 0.8),
+    "one word replaced": ("the cat sat on the mat", "the cat lay on the mat", 10 / 12),
+    "reversed": ("a b c d", "d c b a", 0.25),
+    "a repeated word": ("a a a", "a", 0.5),
+    "Lin's example, in order": ("police killed the gunman", "police kill the gunman", 0.75),
+    "Lin's example, reordered": ("police killed the gunman", "the gunman kill police", 0.5),
+    "capitals": ("Name two animals.", "name TWO animals", 1.0),
+    "an apostrophe separates": ("don't stop", "don t stop", 1.0),
+    "an underscore separates": ("snake_case", "snake case", 1.0),
+    "an accent separates": ("naïve", "na ve", 1.0),
+    "digits are letters": ("x1 2y", "x1 2y z", 0.8),
+    "both empty": ("", "", 0.0),
+    "one empty": ("", "cat", 0.0),
+    "punctuation alone": ("... !?", "cat", 0.0),
+    "Chinese alone": ("猫和狗", "猫和狗", 0.0),
+    "Chinese is skipped": ("猫 is cat", "狗 is cat", 1.0),
+}
 
 
-@pytest.mark.parametrize("a, b, f", HAND_MADE)
+@pytest.mark.parametrize("a, b, f", ROUGE_PAIRS.values(), ids=ROUGE_PAIRS)
 def test_rouge_l_of_known_pairs(a, b, f):
     assert si.rouge_l(a, b) == pytest.approx(f, abs=1e-12)
 
@@ -77,481 +150,896 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     for a, b in random_pairs(250):
         x, y = (t.replace(",", " ").replace("!", " ").split() for t in (a, b))
         common = lcs(tuple(x), tuple(y))
-        precision, recall = common / max(1, len(y)), common / max(1, len(x))
-        assert si.rouge_l(a, b) == pytest.approx(2 * precision * recall / (precision + recall) if common else 0, abs=1e-12)
+        precision = common / max(1, len(y))
+        recall = common / max(1, len(x))
+        f = 2 * precision * recall / (precision + recall) if common else 0
+        assert si.rouge_l(a, b) == pytest.approx(f, abs=1e-12)
         assert si.rouge_l(a, b) == si.rouge_l(b, a)
         assert (si.rouge_l(a, b) == 1) == (x == y != [])
 
 
 def test_rouge_l_is_what_the_rouge_score_package_computes():
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    module = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = module.RougeScorer(["rougeL"], use_stemmer=False)
     rng = random.Random(1)
     asked = [tasks.new_task(rng)["instruction"] for _ in range(60)]
-    for a, b in [*random_pairs(150, seed=2), *(x[:2] for x in HAND_MADE), *zip(asked, asked[1:])]:
-        assert si.rouge_l(a, b) == pytest.approx(scorer.score(a, b)["rougeL"].fmeasure, abs=1e-9), (a, b)
+    known = [(a, b) for a, b, _ in ROUGE_PAIRS.values()]
+    for a, b in [*random_pairs(150, seed=2), *known, *zip(asked, asked[1:])]:
+        f = scorer.score(a, b)["rougeL"].fmeasure
+        assert si.rouge_l(a, b) == pytest.approx(f, abs=1e-9), (a, b)
 
 
 # The filters of instructions
 
-@pytest.mark.parametrize("instruction, reason", [
-    ("Name two animals.", "short"), ("Name two more animals.", None), ("word " * 150, None), ("word " * 151, "long"), ("", "short"),
-    ("Draw a cat for me.", "keyword"), ("Describe the image to me.", "keyword"), ("Look at these images, please.", "keyword"), ("Go to the mill and sit.", "keyword"),
-    ("Tell me of the MAP.", "keyword"), ("What is in a file?", "keyword"), ("Tell me about graphite, please.", None), ("What is a profile of Tom?", None),
-    ("Tell me what a drawer is.", None), ("He is going to the mill.", None), ("Let the dog go tomorrow.", None), ("Write a plot for me.", "keyword"),
-    ("Write a program that counts.", "program"), ("Help me write a program today.", None), ("Write a programme for Tom.", "program"),
-    ("\"Quoted\" is this whole thing.", "first letter"), ("- Name two more animals.", "first letter"), ("请 告诉 我 猫 的 名字", "first letter"), ("3 and 4 make what?", None),
-    ("_Name two more animals.", "first letter")])
-def test_every_filter_has_its_reason(instruction, reason):
+
+INSTRUCTIONS = {
+    "3 words": ("Name two animals.", "short"),
+    "4 words": ("Name two more animals.", None),
+    "no words": ("", "short"),
+    "150 words": ("word " * 150, None),
+    "151 words": ("word " * 151, "long"),
+    "to draw": ("Draw a cat for me.", "keyword"),
+    "a drawer": ("Tell me what a drawer is.", None),
+    "an image": ("Describe the image to me.", "keyword"),
+    "images with a comma": ("Look at these images, please.", "keyword"),
+    "a map in capitals": ("Tell me of the MAP.", "keyword"),
+    "a file with a question mark": ("What is in a file?", "keyword"),
+    "a profile": ("What is a profile of Tom?", None),
+    "graphite": ("Tell me about graphite, please.", None),
+    "a plot": ("Write a plot for me.", "keyword"),
+    "to go to": ("Go to the mill and sit.", "keyword"),
+    "going to": ("He is going to the mill.", None),
+    "go tomorrow": ("Let the dog go tomorrow.", None),
+    "a program": ("Write a program that counts.", "program"),
+    "a programme": ("Write a programme for Tom.", "program"),
+    "a program later on": ("Help me write a program today.", None),
+    "a quote first": ('"Quoted" is this whole thing.', "first letter"),
+    "a dash first": ("- Name two more animals.", "first letter"),
+    "an underscore first": ("_Name two more animals.", "first letter"),
+    "Chinese first": ("请 告诉 我 猫 的 名字", "first letter"),
+    "a digit first": ("3 and 4 make what?", None),
+}
+
+
+@pytest.mark.parametrize("instruction, reason", INSTRUCTIONS.values(), ids=INSTRUCTIONS)
+def test_an_instruction_is_rejected_with_its_reason(instruction, reason):
     assert si.reject_reason(instruction, []) == reason
 
 
-@pytest.mark.parametrize("word", "image images graph graphs picture pictures file files map maps draw plot".split() + ["go to"])
-def test_what_a_text_model_cannot_do_is_refused_as_a_word_only(word):
-    assert si.reject_reason(f"Please {word} the cat now", []) == "keyword" and si.reject_reason(f"Now {word.upper()}, please do it", []) == "keyword"
+KEYWORDS = "image images graph graphs picture pictures file files map maps draw plot".split()
+
+
+@pytest.mark.parametrize("word", [*KEYWORDS, "go to"])
+def test_a_keyword_is_rejected_as_a_whole_word_only(word):
+    assert si.reject_reason(f"Please {word} the cat now", []) == "keyword"
+    assert si.reject_reason(f"Now {word.upper()}, please do it", []) == "keyword"
     assert si.reject_reason(f"Please x{word}y the cat now", []) is None
 
 
-def test_rouge_of_exactly_seven_tenths_is_kept():
-    """As the paper's code has it: similarity above 0.7 goes, 0.7 itself stays."""
-    ten = [f"w{i}" for i in range(10)]
-    same = lambda n: " ".join(ten[:n] + [f"x{i}" for i in range(10 - n)])
-    assert si.rouge_l(same(7), " ".join(ten)) == 0.7 and si.reject_reason(same(7), [" ".join(ten)]) is None
-    assert si.reject_reason(same(8), [" ".join(ten)]) == "rouge"
-    assert si.reject_reason(same(8), []) is None and si.reject_reason(same(8), ["Name two more animals.", " ".join(ten), "Add 3 and 4."]) == "rouge"
-    assert si.reject_reason("image of w", ["image of w"]) == "short" and si.reject_reason("an image of w", ["an image of w"]) == "keyword"
+TEN_WORDS = " ".join(f"w{i}" for i in range(10))
+
+
+def sharing(n):
+    """Return ten words of which the first n are those of TEN_WORDS."""
+    return " ".join(f"w{i}" if i < n else f"x{i}" for i in range(10))
+
+
+def test_a_rouge_l_of_exactly_seven_tenths_is_kept():
+    assert si.rouge_l(sharing(7), TEN_WORDS) == 0.7
+    assert si.reject_reason(sharing(7), [TEN_WORDS]) is None
+
+
+def test_a_rouge_l_above_seven_tenths_with_any_of_the_pool_is_rejected():
+    assert si.reject_reason(sharing(8), []) is None
+    assert si.reject_reason(sharing(8), [TEN_WORDS]) == "rouge"
+    pool = ["Name two more animals.", TEN_WORDS, "Add 3 and 4."]
+    assert si.reject_reason(sharing(8), pool) == "rouge"
+
+
+@pytest.mark.parametrize("text, reason", [("image of w", "short"), ("an image of w", "keyword")])
+def test_the_first_filter_that_refuses_gives_the_reason(text, reason):
+    assert si.reject_reason(text, [text]) == reason
 
 
 # Lists
 
-def test_a_list_goes_on_where_its_prompt_stops():
+
+def test_a_list_prompt_numbers_its_lines_and_joins_broken_ones():
+    assert si.list_prompt(["a\nb", " c  d "]) == f"{HEAD}\n1. a b\n2. c d\n3."
+
+
+def test_what_follows_a_list_prompt_reads_back_to_the_rest_of_the_list():
     rng = random.Random(3)
     for _ in range(50):
         given = [tasks.new_task(rng)["instruction"] for _ in range(rng.randint(2, 12))]
-        whole, n = si.list_prompt(given), rng.randint(1, len(given) - 1)
+        n = rng.randint(1, len(given) - 1)
+        whole = si.list_prompt(given)
         head = si.list_prompt(given[:n])
-        assert whole.startswith(head) and whole.endswith(f"\n{len(given) + 1}.")
-        assert si.read_list(whole.removeprefix(head)) == given[n:], "what follows the prompt reads back to the rest of the list"
-    assert si.list_prompt(["a\nb", " c  d "]) == "Come up with a series of tasks:\n1. a b\n2. c d\n3."
+        assert whole.startswith(head)
+        assert whole.endswith(f"\n{len(given) + 1}.")
+        assert si.read_list(whole.removeprefix(head)) == given[n:]
 
 
-@pytest.mark.parametrize("text, found", [
-    (" a b.\n10. c d.\n11.e", ["a b.", "c d.", "e"]), (" a\n 2 of them.\n10 . b", ["a 2 of them.", "b"]), ("", []), ("\n\n", []), (" a 3. b", ["a 3. b"]),
-    (" a\n9.\n10. b\n11.", ["a", "b"]), (" a  \t b \n", ["a b"])])
-def test_lists_are_read_by_numbers_at_the_start_of_a_line(text, found):
-    assert si.read_list(text) == found
+LISTS = {
+    "three items": (" a b.\n10. c d.\n11.e", ["a b.", "c d.", "e"]),
+    "a number inside an item": (" a 3. b", ["a 3. b"]),
+    "an indented number": (" a\n 2 of them.\n10 . b", ["a 2 of them.", "b"]),
+    "empty items": (" a\n9.\n10. b\n11.", ["a", "b"]),
+    "white space": (" a  \t b \n", ["a b"]),
+    "nothing": ("", []),
+    "line ends alone": ("\n\n", []),
+}
 
 
-def test_the_pages_show_what_is_asked_for_later():
-    """data/tasks.py writes the pages, self_instruct.py the prompts and the readers: they must speak one format."""
-    rng = random.Random(4)
-    for _ in range(20):
-        page = tasks.list_page(rng)
-        head = "Come up with a series of tasks:"
-        shown = si.read_list(page.removeprefix(head))
-        assert page.startswith(head) and len(shown) >= 10 and page.startswith(si.list_prompt(shown[:8]))
-        for block in tasks.example_page(rng).split("Task: ")[1:]:
-            instruction, _, rest = block.partition("\n")
-            (pair,) = si.read_instances(rest + "\nTask: the next one\nOutput: no", False)
-            assert tasks.audit(instruction, pair[0], pair[1])[:2] == (True, True)
-        page = tasks.kind_page(rng)
-        asked = [x.removeprefix("Task: ").split("\n")[0] for x in page.split("\n\n")]
-        assert page == "\n".join(f"Task: {x}\nIs it classification? {'Yes' if tasks.read_instruction(x)['op'][1] in tasks.CLASSIFICATION else 'No'}\n" for x in asked)
-        for block in tasks.label_page(rng).split("\n\n"):
-            instruction, _, rest = block.partition("\n")
-            pairs = si.read_instances(rest, True)
-            assert len(pairs) == 2 and all(tasks.audit(instruction.removeprefix("Task: "), x, y) == (True, True, True) for x, y in pairs)
+@pytest.mark.parametrize("text, items", LISTS.values(), ids=LISTS)
+def test_a_list_is_split_at_numbers_at_the_start_of_a_line(text, items):
+    assert si.read_list(text) == items
+
+
+# data/tasks.py writes the pages that the base model reads; self_instruct.py writes the prompts and
+# the parsers. Both must use one format.
+
+
+@pytest.fixture(params=range(20))
+def rng(request):
+    return random.Random(request.param)
+
+
+def test_list_prompts_are_the_beginning_of_list_pages(rng):
+    page = tasks.list_page(rng)
+    assert page.startswith(HEAD)
+    shown = si.read_list(page.removeprefix(HEAD))
+    assert len(shown) >= 10
+    assert page.startswith(si.list_prompt(shown[:8]))
+
+
+def test_the_blocks_of_example_pages_read_back_to_instances(rng):
+    for block in tasks.example_page(rng).split("Task: ")[1:]:
+        instruction, _, rest = block.partition("\n")
+        ((x, y),) = si.read_instances(rest + "\nTask: the next one\nOutput: no", False)
+        assert tasks.audit(instruction, x, y)[:2] == (True, True)
+
+
+def test_the_blocks_of_label_pages_read_back_to_two_right_instances(rng):
+    for block in tasks.label_page(rng).split("\n\n"):
+        first, _, rest = block.partition("\n")
+        pairs = si.read_instances(rest, True)
+        assert len(pairs) == 2
+        for x, y in pairs:
+            assert tasks.audit(first.removeprefix("Task: "), x, y) == (True, True, True)
+
+
+def test_kind_pages_ask_as_identify_does(rng):
+    page = tasks.kind_page(rng)
+    asked = [block.removeprefix("Task: ").split("\n")[0] for block in page.split("\n\n")]
+    blocks = []
+    for instruction in asked:
+        _, topic = tasks.read_instruction(instruction)["op"]
+        label = "Yes" if topic in tasks.CLASSIFICATION else "No"
+        blocks.append(f"Task: {instruction}\nIs it classification? {label}\n")
+    assert page == "\n".join(blocks)
 
 
 # Instances
 
-@pytest.mark.parametrize("text, found", [
-    ("Input: a cat\nOutput: animal.", [("a cat", "animal.")]), ("Output: yes", [("", "yes")]), ("Input: a cat\n", []), ("Input: a cat", []), ("", []), ("nonsense", []),
-    ("Input: a\nOutput: b\nInput: c\nOutput: d", [("a", "b"), ("c", "d")]), ("Output: b\nOutput: d", [("", "b"), ("", "d")]),
-    ("Input: a\nOutput: b\nInput: c\nOutp", [("a", "b")]), ("Input: a\nOutput: b\n\nTask: Add 3 and 4.\nOutput: 7.", [("a", "b")]),
-    ("Input: a\nOutput:", [("a", "")]), ("Output:  x: y  ", [("", "x: y")]), ("Input: Output: b", []), ("The Output: b", []), ("Input: a\nOutput: Input: b", [("a", "Input: b")]),
-    ("\nTask: Add 3 and 4.\nOutput: 7.", [])])
-def test_inputs_and_outputs_of_what_a_model_wrote(text, found):
-    assert si.read_instances(text, False) == found
+
+INPUT_FIRST = {
+    "input and output": ("Input: a cat\nOutput: animal.", [("a cat", "animal.")]),
+    "output alone": ("Output: yes", [("", "yes")]),
+    "input alone, ended": ("Input: a cat\n", []),
+    "input alone": ("Input: a cat", []),
+    "nothing": ("", []),
+    "nonsense": ("nonsense", []),
+    "two": ("Input: a\nOutput: b\nInput: c\nOutput: d", [("a", "b"), ("c", "d")]),
+    "two without inputs": ("Output: b\nOutput: d", [("", "b"), ("", "d")]),
+    "a second without output": ("Input: a\nOutput: b\nInput: c\nOutp", [("a", "b")]),
+    "a next task": ("Input: a\nOutput: b\n\nTask: Add 3 and 4.\nOutput: 7.", [("a", "b")]),
+    "a next task alone": ("\nTask: Add 3 and 4.\nOutput: 7.", []),
+    "an empty output": ("Input: a\nOutput:", [("a", "")]),
+    "a colon in the output": ("Output:  x: y  ", [("", "x: y")]),
+    "Output inside a line": ("Input: Output: b", []),
+    "Output in the middle": ("The Output: b", []),
+    "Input inside an output": ("Input: a\nOutput: Input: b", [("a", "Input: b")]),
+}
 
 
-@pytest.mark.parametrize("text, found", [
-    ("Class label: happy.\nInput: Tom is merry.", [("Tom is merry.", "happy.")]), ("Class label: happy.", []), ("Class label: happy.\n", []), ("", []), ("nonsense", []),
-    ("Class label: a\nInput: x\nClass label: b\nInput: y", [("x", "a"), ("y", "b")]), ("Class label: a\nClass label: b\nInput: y", [("y", "b")]),
-    ("Class label: a\nInput: x\nInput: y", []), ("Class label: a\nInput: x\nClass la", [("x\nClass la", "a")]), ("Class label: a\nInput:", [("", "a")]),
-    ("Class label: a\nInput: x\n\nTask: Is it b?\nClass label: b\nInput: y", [("x", "a")])])
-def test_labels_and_inputs_of_what_a_model_wrote(text, found):
-    assert si.read_instances(text, True) == found
+@pytest.mark.parametrize("text, pairs", INPUT_FIRST.values(), ids=INPUT_FIRST)
+def test_instances_with_the_input_first_are_parsed(text, pairs):
+    assert si.read_instances(text, label_first=False) == pairs
 
 
-@pytest.mark.parametrize("given, kept, reasons", [
-    ([("a", "x"), ("b", "y")], [("a", "x"), ("b", "y")], []), ([], [], []),
-    ([("a", "x"), ("a", "x"), ("b", "y")], [("a", "x"), ("b", "y")], []),
-    ([("a", "x"), ("a", "y"), ("b", "z")], [], ["same input, other output"] * 3),
-    ([("", "x"), ("", "y")], [("", "x"), ("", "y")], []), ([("a", "")], [], ["empty output"]), ([("", "")], [], ["empty output"]), ([("a", "a")], [], ["input is output"]),
-    ([("a:", "x"), ("b", "y:"), ("c:d", "y")], [("c:d", "y")], ["ends with a colon"] * 2),
-    ([("a", "x"), ("a", "")], [("a", "x")], ["empty output"]),
-    ([(str(i), "x") for i in range(7)], [(str(i), "x") for i in range(5)], ["more than five"] * 2),
-    ([(str(i), "x") for i in range(6)] + [("0", "z")], [], ["same input, other output"] * 7)])
-def test_the_filters_of_instances(given, kept, reasons):
+LABEL_FIRST = {
+    "label and input": ("Class label: a.\nInput: x y.", [("x y.", "a.")]),
+    "label alone": ("Class label: a.", []),
+    "label alone, ended": ("Class label: a.\n", []),
+    "nothing": ("", []),
+    "nonsense": ("nonsense", []),
+    "two": ("Class label: a\nInput: x\nClass label: b\nInput: y", [("x", "a"), ("y", "b")]),
+    "a label without input": ("Class label: a\nClass label: b\nInput: y", [("y", "b")]),
+    "two inputs": ("Class label: a\nInput: x\nInput: y", []),
+    "a cut keyword": ("Class label: a\nInput: x\nClass la", [("x\nClass la", "a")]),
+    "an empty input": ("Class label: a\nInput:", [("", "a")]),
+    "a next task": (
+        "Class label: a\nInput: x\n\nTask: Is it b?\nClass label: b\nInput: y",
+        [("x", "a")],
+    ),
+}
+
+
+@pytest.mark.parametrize("text, pairs", LABEL_FIRST.values(), ids=LABEL_FIRST)
+def test_instances_with_the_label_first_are_parsed(text, pairs):
+    assert si.read_instances(text, label_first=True) == pairs
+
+
+SEVEN = [(str(i), "x") for i in range(7)]
+TWO_OUTPUTS = "same input, other output"
+INSTANCES = {
+    "two": ([("a", "x"), ("b", "y")], [("a", "x"), ("b", "y")], []),
+    "none": ([], [], []),
+    "one twice": ([("a", "x"), ("a", "x"), ("b", "y")], [("a", "x"), ("b", "y")], []),
+    "two outputs": ([("a", "x"), ("a", "y"), ("b", "z")], [], [TWO_OUTPUTS] * 3),
+    "two outputs, no input": ([("", "x"), ("", "y")], [("", "x"), ("", "y")], []),
+    "two outputs, one empty": ([("a", "x"), ("a", "")], [("a", "x")], ["empty output"]),
+    "an empty output": ([("a", "")], [], ["empty output"]),
+    "both empty": ([("", "")], [], ["empty output"]),
+    "input as output": ([("a", "a")], [], ["input is output"]),
+    "colons": ([("a:", "x"), ("b", "y:"), ("c:d", "y")], [("c:d", "y")], ["ends with a colon"] * 2),
+    "seven": (SEVEN, SEVEN[:5], ["more than five"] * 2),
+    "two outputs of seven": (SEVEN[:6] + [("0", "z")], [], [TWO_OUTPUTS] * 7),
+}
+
+
+@pytest.mark.parametrize("given, kept, reasons", INSTANCES.values(), ids=INSTANCES)
+def test_each_instance_is_kept_or_dropped_with_a_reason(given, kept, reasons):
     assert si.keep_instances(given) == (kept, reasons)
-    assert len(set(given)) == len(kept) + len(reasons), "each different instance is kept or has a reason"
+    assert len(set(given)) == len(kept) + len(reasons)
 
 
-# The model's own odds
+# The likelihood filter
 
-def test_the_least_likely_token_is_found_by_hand():
-    rng, model, header = random.Random(7), tiny(block=48), ENC.encode_ordinary("Come up with a series of tasks:\n1.")
-    texts = ["Name two animals.", "猫 zebra?", "x", "Name two animals."] + [" ".join(rng.choices("cat Tom mill red two soup".split(), k=rng.randint(1, 6))) for _ in range(30)]
-    got, where = si.least_likely(model, ENC, texts), set()
+
+def token_probabilities(model, text):
+    """Return the probability of each token of the text as the first item of a list."""
+    head = ENC.encode_ordinary(f"{HEAD}\n1.")
+    ids = ENC.encode_ordinary(f" {text}\n")
+    probs = model(torch.tensor([head + ids]))[0].softmax(-1)
+    return [probs[len(head) - 1 + n, token].item() for n, token in enumerate(ids)]
+
+
+@pytest.fixture(scope="module")
+def likelihood_case():
+    rng = random.Random(7)
+    vocabulary = "cat Tom mill red two soup".split()
+    texts = ["Name two animals.", "猫 zebra?", "x", "Name two animals."]
+    texts += [" ".join(rng.choices(vocabulary, k=rng.randint(1, 6))) for _ in range(30)]
+    model = random_gpt(block=48)
+    return model, texts, si.least_likely(model, ENC, texts)
+
+
+def test_least_likely_is_the_smallest_token_probability(likelihood_case):
+    model, texts, got = likelihood_case
+    places = set()
     for text, p in zip(texts, got):
-        own = ENC.encode_ordinary(f" {text}\n")
-        probs = model(torch.tensor([header + own]))[0].softmax(-1)
-        odds = [probs[len(header) - 1 + n, token].item() for n, token in enumerate(own)]
-        where |= {"first"} if min(odds) == odds[0] else {"last"} if min(odds) == odds[-1] else {"between"}
-        assert p == pytest.approx(min(odds), rel=1e-4) and 0 < p < 1
-    assert where == {"first", "between", "last"}, "each place of the least likely token was tried"
+        probabilities = token_probabilities(model, text)
+        least = min(probabilities)
+        assert p == pytest.approx(least, rel=1e-4)
+        assert 0 < p < 1
+        if least == probabilities[0]:
+            places.add("first")
+        elif least == probabilities[-1]:
+            places.add("last")
+        else:
+            places.add("between")
+    assert places == {"first", "between", "last"}, "the least likely token was in every place"
+
+
+def test_least_likely_does_not_depend_on_the_rest_of_the_batch(likelihood_case):
+    model, texts, got = likelihood_case
     assert got[0] == pytest.approx(got[3], rel=1e-6)
-    for batch in (1, 7):
-        assert si.least_likely(model, ENC, texts, batch) == pytest.approx(got, rel=1e-4), "it does not depend on the neighbours in a batch"
-    assert si.least_likely(model, ENC, ["cat " * 80])[0] > 0 and si.least_likely(model, ENC, []) == []
+    assert si.least_likely(model, ENC, texts, batch=1) == pytest.approx(got, rel=1e-4)
+    assert si.least_likely(model, ENC, texts, batch=7) == pytest.approx(got, rel=1e-4)
 
 
-# Step 1
-
-class Says:
-    """In place of ask(): notes what it is asked, and says what `answer(prompt, n)` has for the n-th prompt of all."""
-
-    def __init__(self, answer):
-        self.answer, self.calls = answer, []
-
-    def __call__(self, model, enc, prompts, max_new_tokens, **sampling):
-        n = sum(len(c[0]) for c in self.calls)
-        self.calls.append((list(prompts), max_new_tokens, sampling))
-        return [self.answer(p, n + i) for i, p in enumerate(prompts)]
+def test_least_likely_cuts_a_string_that_exceeds_the_context():
+    assert si.least_likely(random_gpt(block=48), ENC, ["cat " * 80])[0] > 0
 
 
-SEEDS = [f"s{i} " + " ".join(f"s{i}{c}" for c in "abcd") for i in range(20)]   # no two alike
-CFG = dict(rounds=3, requests=4, likelihood=0, temperature=0.7, top_p=0.5)
+def test_least_likely_of_no_strings_is_empty():
+    assert si.least_likely(random_gpt(block=48), ENC, []) == []
+
+
+# Step 1: grow
+
+
+def unlike(name):
+    """Return an instruction of words that no other has."""
+    return f"{name} " + " ".join(f"{name}{c}" for c in "abcd")
+
+
+SEEDS = [unlike(f"s{i}") for i in range(20)]
 
 
 def fresh(n):
-    """A new instruction, unlike any other."""
-    return f"m{n} " + " ".join(f"m{n}{c}" for c in "abcd")
+    return unlike(f"m{n}")
 
 
-def grown(monkeypatch, answer, seed=0, model=None, seeds=SEEDS, **choice):
-    says = Says(answer)
-    monkeypatch.setattr(si, "ask", says)
-    kept, fate, rounds = si.grow(model or paper(), ENC, list(seeds), SimpleNamespace(**CFG | choice), random.Random(seed))
-    return kept, fate, rounds, says
+def two_fresh(prompt, n):
+    """Continue every list by two instructions that are new."""
+    return f" {fresh(2 * n)}\n10. {fresh(2 * n + 1)}", True
 
 
-def test_lists_show_8_of_people_first_and_later_6_and_2_of_its_own(monkeypatch):
-    kept, fate, rounds, says = grown(monkeypatch, lambda p, n: (f" {fresh(2 * n)}\n10. {fresh(2 * n + 1)}", True))
-    assert kept == [fresh(i) for i in range(24)] and fate == {"kept": 24}
+class Grown(NamedTuple):
+    kept: list
+    counts: dict
+    rounds: list
+    calls: list
+
+
+def grow(monkeypatch, respond, seed=0, **settings):
+    """Run self_instruct.grow: 3 rounds of 4 lists, no likelihood filter unless set."""
+    cfg = dict(rounds=3, requests=4, likelihood=0, temperature=0.7, top_p=0.5) | settings
+    ask = FakeAsk(monkeypatch, respond)
+    rng = random.Random(seed)
+    result = si.grow(context_of(400), ENC, list(SEEDS), SimpleNamespace(**cfg), rng)
+    return Grown(*result, ask.calls)
+
+
+def test_new_instructions_are_kept_in_order_and_counted_by_round(monkeypatch):
+    grown = grow(monkeypatch, two_fresh)
+    assert grown.kept == [fresh(i) for i in range(24)]
+    assert grown.counts == {"kept": 24}
+    assert grown.rounds == [dict(round=i, pool=20 + 8 * i, tried=8, kept=8) for i in range(3)]
+
+
+def test_lists_show_8_seeds_first_and_later_6_seeds_and_2_of_its_own_in_any_order(monkeypatch):
+    grown = grow(monkeypatch, two_fresh)
     orders = set()
-    for number, (prompts, _, _) in enumerate(says.calls):
-        for prompt in prompts:
-            shown = si.read_list(prompt.removeprefix("Come up with a series of tasks:"))
-            assert len(shown) == len(set(shown)) == 8 and prompt == si.list_prompt(shown)
-            own = [x for x in shown if x in kept[:8 * number]]
-            assert len(own) == (0 if number == 0 else 2) and len([x for x in shown if x in SEEDS]) == 8 - len(own)
+    for number, call in enumerate(grown.calls):
+        for prompt in call.prompts:
+            shown = si.read_list(prompt.removeprefix(HEAD))
+            own = [x for x in shown if x in grown.kept[: 8 * number]]
+            assert prompt == si.list_prompt(shown)
+            assert len(shown) == 8
+            assert len(set(shown)) == 8
+            assert len(own) == (0 if number == 0 else 2)
+            assert sum(x in SEEDS for x in shown) == 8 - len(own)
             orders.add(tuple(x in own for x in shown))
-    assert len(orders) > 3, "its own stand anywhere in the list"
-    assert rounds == [dict(round=i, pool=20 + 8 * i, tried=8, kept=8) for i in range(3)]
+    assert len(orders) > 3
 
 
-def test_one_own_instruction_is_shown_where_there_is_one(monkeypatch):
-    _, _, _, says = grown(monkeypatch, lambda p, n: (f" {fresh(0)}", True), rounds=2)
-    assert all(sum(x == fresh(0) for x in si.read_list(p)) == 1 for p in says.calls[1][0])
+def test_one_instruction_of_its_own_is_shown_if_there_is_only_one(monkeypatch):
+    grown = grow(monkeypatch, lambda prompt, n: (f" {fresh(0)}", True), rounds=2)
+    for prompt in grown.calls[1].prompts:
+        assert si.read_list(prompt).count(fresh(0)) == 1
 
 
-def test_lists_without_an_end_go_whole(monkeypatch):
-    kept, fate, rounds, _ = grown(monkeypatch, lambda p, n: (f" {fresh(2 * n)}\n10. {fresh(2 * n + 1)}\n11.", n % 2 == 0))
-    assert fate == {"kept": 12, "list without end": 12} and kept == [fresh(i) for n in range(0, 12, 2) for i in (2 * n, 2 * n + 1)]
-    assert sum(r["kept"] for r in rounds) == 12
+def test_a_list_without_an_end_is_dropped_whole(monkeypatch):
+    def every_second_ends(prompt, n):
+        text, _ = two_fresh(prompt, n)
+        return text + "\n11.", n % 2 == 0
+
+    grown = grow(monkeypatch, every_second_ends)
+    assert grown.counts == {"kept": 12, "list without end": 12}
+    assert grown.kept == [fresh(i) for n in range(0, 12, 2) for i in (2 * n, 2 * n + 1)]
+    assert sum(row["kept"] for row in grown.rounds) == 12
 
 
-def test_every_candidate_has_one_fate_and_twins_of_one_round_are_twins(monkeypatch):
-    lines = ["Too short.", "Draw a picture of me.", "Write a program that counts.", "- no letter at first here", SEEDS[3], "cat " * 151, fresh(0), fresh(0)]
-    kept, fate, rounds, _ = grown(monkeypatch, lambda p, n: (" " + "\n10. ".join(lines), n != 5), rounds=2)
-    assert kept == [fresh(0)]
-    assert fate == {"short": 7, "keyword": 7, "program": 7, "first letter": 7, "long": 7, "rouge": 7 + 7 + 6, "kept": 1, "list without end": 8}
-    assert sum(fate.values()) == 8 * len(lines), "sums to all candidates"
-    assert [r["tried"] for r in rounds] == [32, 24] and [r["pool"] for r in rounds] == [20, 21] and [r["kept"] for r in rounds] == [1, 0]
+def test_every_candidate_is_counted_once_and_a_twin_in_the_same_list_is_rejected(monkeypatch):
+    lines = [
+        "Too short.",
+        "Draw a picture of me.",
+        "Write a program that counts.",
+        "- no letter at first here",
+        SEEDS[3],
+        "cat " * 151,
+        fresh(0),
+        fresh(0),
+    ]
+    text = " " + "\n10. ".join(lines)
+    grown = grow(monkeypatch, lambda prompt, n: (text, n != 5), rounds=2)  # 7 lists of 8 end
+    reasons = dict.fromkeys(["short", "keyword", "program", "first letter", "long"], 7)
+    rouge = 7 + 7 + 6  # the seed, and of the two twins all but the first
+    assert grown.kept == [fresh(0)]
+    assert grown.counts == reasons | {"rouge": rouge, "kept": 1, "list without end": 8}
+    assert sum(grown.counts.values()) == 8 * len(lines)
+    assert [row["tried"] for row in grown.rounds] == [32, 24]
+    assert [row["pool"] for row in grown.rounds] == [20, 21]
+    assert [row["kept"] for row in grown.rounds] == [1, 0]
 
 
-def test_what_the_model_itself_finds_unlikely_is_dropped_last(monkeypatch):
-    monkeypatch.setattr(si, "least_likely", lambda model, enc, texts: [0.009 if x.startswith("m1 ") or len(x) < 5 else 0.01 for x in texts])
-    answer = lambda p, n: (f" {fresh(1)}\n10. {fresh(2)}\n11. abc", True)
-    assert grown(monkeypatch, answer, rounds=1, requests=1, likelihood=0.01)[:2] == ([fresh(2)], {"unlikely": 1, "kept": 1, "short": 1})
-    monkeypatch.setattr(si, "least_likely", lambda *a: 1 / 0)
-    assert grown(monkeypatch, answer, rounds=1, requests=1)[:2] == ([fresh(1), fresh(2)], {"kept": 2, "short": 1}), "the paper's filters alone"
+def three_lines(prompt, n):
+    return f" {fresh(1)}\n10. {fresh(2)}\n11. abc", True
 
 
-def test_growing_is_decided_by_the_seed_and_asks_as_it_was_told(monkeypatch):
-    answer = lambda p, n: (f" {fresh(n)}", True)
-    one, again, other = (grown(monkeypatch, answer, seed)[3].calls for seed in (1, 1, 2))
-    assert one == again and [c[0] for c in one] != [c[0] for c in other]
-    assert all(c[2]["temperature"] == 0.7 and c[2]["top_p"] == 0.5 for c in one)
-    assert len({c[2]["seed"] for c in one}) == 3, "each round draws anew"
-    assert all(c[1] + max(len(ENC.encode_ordinary(p)) for p in c[0]) >= 400 for c in one), "a list may fill the context"
+def test_the_likelihood_filter_comes_last_and_keeps_the_threshold_itself(monkeypatch):
+    def least_likely(model, enc, texts):
+        return [0.009 if x in (fresh(1), "abc") else 0.01 for x in texts]
+
+    monkeypatch.setattr(si, "least_likely", least_likely)
+    grown = grow(monkeypatch, three_lines, rounds=1, requests=1, likelihood=0.01)
+    assert grown.kept == [fresh(2)]
+    assert grown.counts == {"unlikely": 1, "kept": 1, "short": 1}
 
 
-def test_asking_is_seeded_batched_and_tells_who_came_to_an_end(monkeypatch):
-    model, prompts = tiny(block=40), ["Name two", "Name two", "Name two", "Write a letter to Tom and"]
-    one = si.ask(model, ENC, prompts, 12, temperature=1.0, seed=5)
-    assert one == si.ask(model, ENC, prompts, 12, temperature=1.0, seed=5) != si.ask(model, ENC, prompts, 12, temperature=1.0, seed=6)
-    assert len({text for text, _ in si.ask(model, ENC, prompts[:3], 12, batch=1, temperature=1.0, seed=5)}) == 3, "no batch repeats the draws of another"
-    assert [t for t, _ in si.ask(model, ENC, prompts, 12, batch=3, temperature=0)] == [t for p in prompts for t, _ in si.ask(model, ENC, [p], 12, temperature=0)]
+def test_a_likelihood_of_0_leaves_the_papers_filters_alone(monkeypatch):
+    monkeypatch.setattr(si, "least_likely", lambda *args: pytest.fail("was asked"))
+    grown = grow(monkeypatch, three_lines, rounds=1, requests=1, likelihood=0)
+    assert grown.kept == [fresh(1), fresh(2)]
+    assert grown.counts == {"kept": 2, "short": 1}
+
+
+def one_fresh(prompt, n):
+    return f" {fresh(n)}", True
+
+
+def test_the_lists_are_decided_by_the_seed(monkeypatch):
+    one, again, other = (grow(monkeypatch, one_fresh, seed).calls for seed in (1, 1, 2))
+    assert one == again
+    assert [call.prompts for call in one] != [call.prompts for call in other]
+
+
+def test_lists_are_sampled_as_set_anew_in_each_round_up_to_the_end_of_the_context(monkeypatch):
+    calls = grow(monkeypatch, one_fresh).calls
+    for call in calls:
+        assert call.sampling["temperature"] == 0.7
+        assert call.sampling["top_p"] == 0.5
+        assert call.max_new_tokens + max(n_tokens(p) for p in call.prompts) >= 400
+    assert len({call.sampling["seed"] for call in calls}) == 3
+
+
+# Asking the model
+
+
+PROMPTS = ["Name two", "Name two", "Name two", "Write a letter to Tom and"]
+
+
+def ask(prompts=PROMPTS, **sampling):
+    return si.ask(random_gpt(block=40), ENC, prompts, 12, **sampling)
+
+
+def test_asking_is_decided_by_the_seed():
+    one = ask(temperature=1.0, seed=5)
+    assert one == ask(temperature=1.0, seed=5)
+    assert one != ask(temperature=1.0, seed=6)
+
+
+def test_no_batch_repeats_the_draws_of_another():
+    results = ask(PROMPTS[:3], batch=1, temperature=1.0, seed=5)
+    assert len({text for text, _ in results}) == 3
+
+
+def test_greedy_responses_do_not_depend_on_the_batch():
+    alone = [ask([prompt], temperature=0)[0][0] for prompt in PROMPTS]
+    assert [text for text, _ in ask(batch=3, temperature=0)] == alone
+
+
+def test_asking_tells_which_responses_ended_by_themselves(monkeypatch):
     ids = ENC.encode_ordinary("a cat")
-    monkeypatch.setattr(gpt, "generate", lambda m, prompts, n, stop, **k: [ids + [END] if p == ENC.encode_ordinary("Name two") else ids for p in prompts])
-    assert si.ask(model, ENC, prompts, 12) == [("a cat", True)] * 3 + [("a cat", False)]
+    short = ENC.encode_ordinary("Name two")
+
+    def generate(model, prompts, n, stop, **sampling):
+        return [ids + [END] if prompt == short else ids for prompt in prompts]
+
+    monkeypatch.setattr(gpt, "generate", generate)
+    assert ask() == [("a cat", True)] * 3 + [("a cat", False)]
 
 
-@pytest.mark.parametrize("step", ["grow", "instances"])
-def test_a_prompt_that_fills_the_context_is_one_line(step):
-    model = tiny(block=64)
+def test_lists_that_fill_the_context_are_a_user_error():
+    cfg = SimpleNamespace(rounds=3, requests=4, likelihood=0, temperature=0.7, top_p=0.5)
+    seeds = [f"Write a letter to Tom about number {i}." for i in range(9)]
     with pytest.raises(UserError, match="context"):
-        if step == "grow":
-            si.grow(model, ENC, [f"Write a letter to Tom about number {i}." for i in range(9)], SimpleNamespace(**CFG), random.Random(0))
-        else:
-            si.instances(model, ENC, ["Tell it to Tom. " * 20], False, [], 0, random.Random(0))
+        si.grow(random_gpt(block=64), ENC, seeds, cfg, random.Random(0))
 
 
-# Steps 2 and 3
-
-def seeds_of(n=30, seed=5):
-    return [{k: t[k] for k in ("instruction", "is_classification", "instances")} for t in tasks.seed_tasks(random.Random(seed), n)]
-
-
-def test_identify_shows_both_kinds_in_turn_and_stays_in_the_context(monkeypatch):
-    seeds, asked = seeds_of(78), ["Name two animals. Say it twice.", "Is the line happy or sad? " + "Say it to Tom. " * 5]
-    of_kind = {s["instruction"]: s["is_classification"] for s in seeds}
-    for block in (120, 200, 400):
-        says = Says(lambda p, n: (" Yes\nmore" if n == 0 else " No", True))
-        monkeypatch.setattr(si, "ask", says)
-        assert si.identify(paper(block), ENC, asked, seeds, random.Random(0)) == [True, False]
-        (prompts, room, sampling), = says.calls
-        assert sampling["temperature"] == 0 and all(len(ENC.encode_ordinary(p)) + room <= block for p in prompts)
-        assert len(ENC.encode_ordinary(prompts[1])) + room > block - 80, "as many shots as there is room for"
-        blocks = prompts[1].split("\n\n")
-        shots = [(lines.split("\n")[0].removeprefix("Task: "), lines.split("\n")[1]) for lines in blocks[:-1]]
-        assert len(shots) >= (1 if block == 120 else 3) and all(of_kind[x] == (answer == "Is it classification? Yes") for x, answer in shots)
-        assert [of_kind[x] for x, _ in shots] == [i % 2 == 0 for i in range(len(shots))]
-        assert blocks[-1] == f"Task: {asked[1]}\nIs it classification?" and prompts[0].startswith("\n\n".join(blocks[:-1]))
+def test_an_instruction_that_fills_the_context_is_a_user_error():
+    instruction = "Tell it to Tom. " * 20
+    with pytest.raises(UserError, match="context"):
+        si.instances(random_gpt(block=64), ENC, [instruction], False, [], 0, random.Random(0))
 
 
-def test_only_yes_is_yes(monkeypatch):
-    texts = [" Yes", "Yes", " No", "", " yes", " Maybe Yes", "\nYes\n"]
-    monkeypatch.setattr(si, "ask", Says(lambda p, n: (texts[n], True)))
-    assert si.identify(paper(), ENC, ["Name two more animals."] * 7, seeds_of(), random.Random(0)) == [True, True, False, False, False, False, True]
+# Step 2: identify
 
 
-def test_instances_are_asked_label_first_or_input_first(monkeypatch):
-    seeds = seeds_of(78)
-    for label_first in (False, True):
-        says = Says(lambda p, n: ((" sad.\nInput: Tom is sad." if label_first else "Input: Tom is sad.\nOutput: sad.") + "\n\nTask: x\nOutput: y", True))
-        monkeypatch.setattr(si, "ask", says)
-        assert si.instances(paper(), ENC, ["Which mood is it?", "Name it."], label_first, seeds, 2, random.Random(1)) == [[("Tom is sad.", "sad.")]] * 2
-        assert si.instances(paper(150), ENC, ["Which mood is it?"], label_first, seeds, 0, random.Random(1)) == [[("Tom is sad.", "sad.")]]
-        (prompts, room, sampling), (bare, _, _) = says.calls
-        assert bare == ["Task: Which mood is it?" + ("\nClass label:" if label_first else "\n")]
-        assert 0 < room and all(len(ENC.encode_ordinary(p)) + room <= 400 for p in prompts)
-        head, _, last = prompts[0].rpartition("Task: ")
-        assert sampling["temperature"] == 0 and prompts[1] == f"{head}Task: Name it." + ("\nClass label:" if label_first else "\n")
-        assert last == "Which mood is it?" + ("\nClass label:" if label_first else "\n")
-        shots = head.split("\n\n")
-        assert shots.pop() == "" and len(shots) == 2
-        for shot in shots:
-            instruction, _, rest = shot.partition("\n")
-            seed = next(s for s in seeds if s["instruction"] == instruction.removeprefix("Task: "))
-            assert seed["is_classification"] == label_first
-            assert si.read_instances(rest, label_first) == [(i["input"], i["output"]) for i in seed["instances"]], "a shot reads back"
-            assert ("Class label:" in rest) == label_first
+def village_seeds(n):
+    """Return seed tasks as read_seeds gives them."""
+    keys = ("instruction", "is_classification", "instances")
+    return [{k: seed[k] for k in keys} for seed in tasks.seed_tasks(random.Random(5), n)]
 
 
-@pytest.mark.parametrize("label_first", [False, True])
-def test_the_last_instance_of_a_text_without_an_end_was_cut_off(monkeypatch, label_first):
-    text = " sad.\nInput: Tom is sad.\nClass label: happy.\nInput: Ann" if label_first else "Input: Tom is sad.\nOutput: sad.\nInput: Ann\nOutput: happy."
-    whole = [("Tom is sad.", "sad."), ("Ann", "happy.")]
-    for said, ended, want in ((text, True, whole), (text, False, whole[:1]), (text + "\n\nTask: x", False, whole)):
-        monkeypatch.setattr(si, "ask", Says(lambda p, n: (said, ended)))
-        assert si.instances(paper(), ENC, ["Which mood is it?"], label_first, seeds_of(78), 0, random.Random(1)) == [want]
+QUESTIONS = [
+    "Name two animals. Say it twice.",
+    "Is the line happy or sad? " + "Say it to Tom. " * 5,  # the longer one
+]
 
 
+@pytest.fixture(params=[120, 200, 400])
+def identified(request, monkeypatch):
+    """Return the result of identify, its only call of ask, the seeds and the context length."""
+    seeds = village_seeds(78)
+    fake = FakeAsk(monkeypatch, lambda prompt, n: (" Yes\nmore" if n == 0 else " No", True))
+    model = context_of(request.param)
+    result = si.identify(model, ENC, QUESTIONS, seeds, random.Random(0))
+    (call,) = fake.calls
+    return result, call, seeds, request.param
 
-# Seeds and records
 
-GOOD = {"instruction": "Name two more animals.", "instances": [{"input": "", "output": "cat and dog."}], "is_classification": False}
+def test_identify_returns_a_bool_per_instruction(identified):
+    result, call, _, _ = identified
+    assert result == [True, False]
+    assert call.sampling["temperature"] == 0
 
 
-def written(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
+def test_identify_fills_the_context_with_shots_and_leaves_room_for_the_label(identified):
+    _, call, _, block = identified
+    for prompt in call.prompts:
+        assert n_tokens(prompt) + call.max_new_tokens <= block
+    assert n_tokens(call.prompts[1]) + call.max_new_tokens > block - 80
+
+
+def test_identify_shows_right_labels_yes_and_no_in_turn(identified):
+    _, call, seeds, block = identified
+    kinds = {seed["instruction"]: seed["is_classification"] for seed in seeds}
+    *shots, last = call.prompts[1].split("\n\n")
+    assert len(shots) >= (1 if block == 120 else 3)
+    assert last == f"Task: {QUESTIONS[1]}\nIs it classification?"
+    assert call.prompts[0].startswith("\n\n".join(shots))
+    for i, shot in enumerate(shots):
+        instruction, label = shot.removeprefix("Task: ").split("\n")
+        kind = kinds[instruction]
+        assert kind == (i % 2 == 0)
+        assert kind == (label == "Is it classification? Yes")
+
+
+LABELS = {" Yes": True, "Yes": True, "\nYes\n": True} | dict.fromkeys(
+    [" No", "", " yes", " Maybe Yes"], False
+)
+
+
+@pytest.mark.parametrize("label, kind", LABELS.items(), ids=map(repr, LABELS))
+def test_only_a_yes_at_the_start_is_a_yes(monkeypatch, label, kind):
+    FakeAsk(monkeypatch, lambda prompt, n: (label, True))
+    asked = ["Name two more animals."]
+    seeds = village_seeds(30)
+    assert si.identify(context_of(400), ENC, asked, seeds, random.Random(0)) == [kind]
+
+
+# Step 3: instances
+
+
+MOODS = ["Which mood is it?", "Name it."]
+
+
+def one_instance(label_first):
+    if label_first:
+        return " sad.\nInput: Tom is sad.\n\nTask: x\nOutput: y"
+    return "Input: Tom is sad.\nOutput: sad.\n\nTask: x\nOutput: y"
+
+
+def ask_instances(monkeypatch, label_first, shots, text, ended=True, questions=MOODS, block=400):
+    """Return the instances and the only call of ask."""
+    fake = FakeAsk(monkeypatch, lambda prompt, n: (text, ended))
+    model = context_of(block)
+    seeds = village_seeds(78)
+    rng = random.Random(1)
+    result = si.instances(model, ENC, questions, label_first, seeds, shots, rng)
+    (call,) = fake.calls
+    return result, call
+
+
+in_both_orders = pytest.mark.parametrize(
+    "label_first", [False, True], ids=["input first", "label first"]
+)
+
+
+@in_both_orders
+def test_instances_are_read_from_greedy_responses(monkeypatch, label_first):
+    result, call = ask_instances(monkeypatch, label_first, 2, one_instance(label_first))
+    assert result == [[("Tom is sad.", "sad.")]] * 2
+    assert call.sampling["temperature"] == 0
+
+
+@in_both_orders
+def test_without_shots_the_prompt_is_the_task_alone(monkeypatch, label_first):
+    text = one_instance(label_first)
+    result, call = ask_instances(monkeypatch, label_first, 0, text, True, MOODS[:1], 150)
+    end = "\nClass label:" if label_first else "\n"
+    assert call.prompts == [f"Task: {MOODS[0]}{end}"]
+    assert result == [[("Tom is sad.", "sad.")]]
+
+
+@in_both_orders
+def test_prompts_share_their_shots_and_leave_room_for_instances(monkeypatch, label_first):
+    _, call = ask_instances(monkeypatch, label_first, 2, one_instance(label_first))
+    head, _, last = call.prompts[0].rpartition("Task: ")
+    end = "\nClass label:" if label_first else "\n"
+    assert last == MOODS[0] + end
+    assert call.prompts[1] == f"{head}Task: {MOODS[1]}{end}"
+    assert call.max_new_tokens > 0
+    for prompt in call.prompts:
+        assert n_tokens(prompt) + call.max_new_tokens <= 400
+
+
+@in_both_orders
+def test_shots_are_seeds_of_the_same_kind_and_read_back(monkeypatch, label_first):
+    _, call = ask_instances(monkeypatch, label_first, 2, one_instance(label_first))
+    head, _, _ = call.prompts[0].rpartition("Task: ")
+    seeds = village_seeds(78)
+    *shots, rest = head.split("\n\n")
+    assert rest == ""
+    assert len(shots) == 2
+    for shot in shots:
+        instruction, _, written = shot.removeprefix("Task: ").partition("\n")
+        seed = next(s for s in seeds if s["instruction"] == instruction)
+        pairs = [(i["input"], i["output"]) for i in seed["instances"]]
+        assert seed["is_classification"] == label_first
+        assert si.read_instances(written, label_first) == pairs
+        assert ("Class label:" in written) == label_first
+
+
+ENDS = {
+    "ended": ("", True, 2),
+    "cut off": ("", False, 1),
+    "cut off in the next task": ("\n\nTask: x", False, 2),
+}
+
+
+@in_both_orders
+@pytest.mark.parametrize("more, ended, n_kept", ENDS.values(), ids=ENDS)
+def test_the_last_instance_is_dropped_if_it_was_cut_off(
+    monkeypatch, label_first, more, ended, n_kept
+):
+    text = "Input: Tom is sad.\nOutput: sad.\nInput: Ann\nOutput: happy."
+    if label_first:
+        text = " sad.\nInput: Tom is sad.\nClass label: happy.\nInput: Ann"
+    result, _ = ask_instances(monkeypatch, label_first, 0, text + more, ended, MOODS[:1])
+    assert result == [[("Tom is sad.", "sad."), ("Ann", "happy.")][:n_kept]]
+
+
+# Seed tasks and records
+
+
+GOOD = {
+    "instruction": "Name two more animals.",
+    "instances": [{"input": "", "output": "cat and dog."}],
+    "is_classification": False,
+}
 
 
 def test_seeds_are_read_in_the_papers_format(tmp_path):
-    paper_record = {"id": "seed_task_0", "name": "x", "instruction": "Is it?", "instances": [{"input": "猫", "output": "yes"}, {"output": "no"}], "is_classification": True}
-    found = si.read_seeds(written(tmp_path / "s.jsonl", [GOOD] * 7 + [paper_record]))
-    assert found[:7] == [GOOD] * 7
-    assert found[7] == {"instruction": "Is it?", "is_classification": True, "instances": [{"input": "猫", "output": "yes"}, {"input": "", "output": "no"}]}
+    in_paper = {
+        "id": "seed_task_0",
+        "name": "x",
+        "instruction": "Is it?",
+        "instances": [{"input": "猫", "output": "yes"}, {"output": "no"}],
+        "is_classification": True,
+    }
+    seeds = si.read_seeds(write_jsonl(tmp_path / "s.jsonl", [GOOD] * 7 + [in_paper]))
+    assert seeds[:7] == [GOOD] * 7
+    assert seeds[7] == {
+        "instruction": "Is it?",
+        "instances": [{"input": "猫", "output": "yes"}, {"input": "", "output": "no"}],
+        "is_classification": True,
+    }
 
 
-@pytest.mark.parametrize("bad", [{"instances": []}, {"instruction": 3, "instances": []}, {"instruction": "x"}, {"instruction": "x", "instances": {}}, {"instruction": "x", "instances": ["y"]},
-                                 {"instruction": "x", "instances": [{"input": "y"}]}, {"instruction": "x", "instances": [{"output": 3}]}, {"instruction": "x", "instances": [{"input": 3, "output": "y"}]}])
+BAD_SEEDS = {
+    "no instruction": {"instances": []},
+    "instruction a number": {"instruction": 3, "instances": []},
+    "no instances": {"instruction": "x"},
+    "instances not a list": {"instruction": "x", "instances": {}},
+    "instance a string": {"instruction": "x", "instances": ["y"]},
+    "no output": {"instruction": "x", "instances": [{"input": "y"}]},
+    "output a number": {"instruction": "x", "instances": [{"output": 3}]},
+    "input a number": {"instruction": "x", "instances": [{"input": 3, "output": "y"}]},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_SEEDS.values(), ids=BAD_SEEDS)
 def test_a_bad_seed_is_one_line_with_its_place(tmp_path, bad):
+    path = write_jsonl(tmp_path / "s.jsonl", [GOOD] * 8 + [bad])
     with pytest.raises(UserError, match=r"s\.jsonl:9: expected") as e:
-        si.read_seeds(written(tmp_path / "s.jsonl", [GOOD] * 8 + [bad]))
+        si.read_seeds(path)
     assert "\n" not in str(e.value)
 
 
-def test_too_few_seeds_none_and_no_file(tmp_path):
-    for n, words in ((7, "7 seed tasks"), (0, "no records")):
-        with pytest.raises(UserError, match=words):
-            si.read_seeds(written(tmp_path / "s.jsonl", [GOOD] * n))
+@pytest.mark.parametrize("n, message", [(7, "7 seed tasks"), (0, "no records")])
+def test_fewer_than_8_seeds_are_a_user_error(tmp_path, n, message):
+    with pytest.raises(UserError, match=message):
+        si.read_seeds(write_jsonl(tmp_path / "s.jsonl", [GOOD] * n))
+
+
+def test_a_missing_seed_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="none.jsonl"):
         si.read_seeds(tmp_path / "none.jsonl")
 
 
-def test_records_are_alpaca_records_one_an_instance():
-    made = [{"instruction": "I", "is_classification": True, "instances": [{"input": "a", "output": "b"}, {"input": "", "output": "c"}]}, {"instruction": "J", "instances": []}]
-    assert si.as_records(made) == [{"instruction": "I", "input": "a", "output": "b"}, {"instruction": "I", "input": "", "output": "c"}]
+def test_records_are_alpaca_records_one_per_instance():
+    two = [{"input": "a", "output": "b"}, {"input": "", "output": "c"}]
+    made = [
+        {"instruction": "I", "is_classification": True, "instances": two},
+        {"instruction": "J", "instances": []},
+    ]
+    assert si.as_records(made) == [
+        {"instruction": "I", "input": "a", "output": "b"},
+        {"instruction": "I", "input": "", "output": "c"},
+    ]
 
 
-# Numbers
-
-@pytest.mark.parametrize("text, pair", [("Write a story about Tom.", ("write", "story")), ("Tell me the price of it.", ("tell", "price")), ("Is it an animal?", ("is", "animal")),
-                                        ("Name", ("name", "")), ("Is it a", ("is", "")), ("Sum up the story.", ("sum", "up"))])
-def test_first_words(text, pair):
-    assert si.first_words(text) == pair
+# Step 5: fine-tune
 
 
-def test_statistics_of_what_was_made(tmp_path):
-    seeds = [{"instruction": "Name two more animals."}, {"instruction": "Write a letter to Tom."}]
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "a.txt").write_text("Come up with a series of tasks:\n1. Read on the page.\nTask: Heard in a task here.\n12. Twelfth of a list.\n", encoding="utf-8")
-    read = si.corpus_lines(tmp_path)
-    assert {"Read on the page.", "Heard in a task here.", "Twelfth of a list."} <= read
-    made = ["Name two more animals.", "Read on the page.", "Heard in a task here.", "Write a letter to Ann.", "Write a poem for Ann.", "zebra quagga okapi"]
-    got = si.statistics([{"instruction": x} for x in made], seeds, read)
-    assert got["new_share"] == pytest.approx(3 / 6), "neither a seed nor a line that was read is new"
-    nearest = [max(si.rouge_l(x, s["instruction"]) for s in seeds) for x in made]
-    assert nearest[0] == 1 and got["rouge_to_seed"] == pytest.approx(sum(nearest) / 6)
-    assert len(got["histogram"]) == 10 and sum(got["histogram"]) == 6 and got["histogram"][9] == 1 and got["histogram"][8] == 1 and got["histogram"][0] == 3 - sum(0.1 <= r < 0.8 for r in nearest) + 1
-    assert got["verb_noun_pairs"] == 6 and got["verb_noun_top"] == 1 and got["words"] == pytest.approx(sum(len(x.split()) for x in made) / 6)
-    many = [{"instruction": f"Write {c}{d} now please"} for c in "abcdef" for d in "gh"]
-    assert si.statistics(many, seeds, set())["verb_noun_top"] == pytest.approx(4 / 12), "the four commonest objects of a verb"
+RECORDS = [
+    {"instruction": f"Name {n} animals.", "input": x, "output": "cat and dog."}
+    for n in ("two", "three", "four")
+    for x in ("", "Tom has 牛.")
+]
 
 
-def test_the_audit_counts_what_the_world_says():
-    row = lambda i, x="", y="": {"instruction": i, "is_classification": x == "zebra", "instances": [{"input": x, "output": y}] if y else []}
-    op, m = next((op, m) for op in [("openqa", "price")] for m in ("well", "thanks", "sure", "twice") if not tasks.seen(op, m))
-    form = {"well": "Say well before it.", "thanks": "Say thank you after it.", "sure": "I want you to be sure.", "twice": "Say it twice."}[m]
-    made = [row("How much is the cake?", "", "9."), row("How much is the cake?", "", "4."), row("How much is the cake?", "zebra", "9."), row("Fly to the moon.", "", "9."),
-            row(f"How much is the cake? {form}")]
-    got = si.audit(made, tasks)
-    assert got.pop("kind_right") == 3 / 4   # of the four that are tasks of this world, one was called a classification
-    assert got == dict(tasks=5, with_instance=4, valid=4 / 5, fits=2 / 4, right=1 / 4, unseen_pairs=1 / 5)
+def encoded(record, rng):
+    """Return ids, mask, and the two strings where the mask is 0 and 1."""
+    ids, mask = (t.tolist() for t in si.encode(record, ENC, rng))
+    prompt = ENC.decode([i for i, m in zip(ids, mask) if m == 0])
+    response = ENC.decode([i for i, m in zip(ids, mask) if m == 1])
+    return ids, mask, prompt, response
 
 
-def test_corrected_outputs_are_right_and_what_nobody_can_read_is_left_out():
-    given = [{"instruction": "How much is the cake?", "input": "", "output": "4."}, {"instruction": "Fly to the moon.", "input": "", "output": "4."},
-             {"instruction": "Find the food in the text.", "input": "Tom likes soup.", "output": "x"}, {"instruction": "Find the food in the text.", "input": "zebra", "output": "x"}]
-    found = si.corrected(given, tasks, random.Random(0))
-    assert [(r["instruction"], r["input"]) for r in found] == [(given[i]["instruction"], given[i]["input"]) for i in (0, 2)]
-    assert all(tasks.audit(r["instruction"], r["input"], r["output"]) == (True, True, True) for r in found) and given[0]["output"] == "4."
-
-
-# Step 5
-
-RECORDS = [{"instruction": f"Name {n} animals.", "input": x, "output": "cat and dog."} for n in ("two", "three", "four") for x in ("", "Tom has 牛.")]
-
-
-def test_the_loss_falls_on_the_output_and_its_end_in_every_template():
-    rng, shapes = random.Random(6), [set(), set()]
+def test_the_loss_falls_on_the_output_and_its_end():
+    rng = random.Random(6)
     for record in RECORDS * 40:
-        ids, mask = si.encode(record, ENC, rng)
-        prompt, answer = (ENC.decode([i for i, m in zip(ids.tolist(), mask.tolist()) if m == v]) for v in (0, 1))
-        assert len(ids) == len(mask) and sorted(mask.tolist()) == mask.tolist() and answer.lstrip() == "cat and dog.<|end|>" and ids[-1] == END
-        assert answer.startswith(" ") == (not prompt.endswith("\n")), "one space or a line end between the two"
-        assert record["instruction"] in prompt and record["input"] in prompt and "{" not in prompt and "cat" not in prompt
-        shapes[bool(record["input"])].add(prompt.replace(record["instruction"], "I").replace(record["input"] or "\0", "X"))
-    assert len(shapes[0]) == len(set(si.WITHOUT_INPUT)) > 2 and len(shapes[1]) == len(set(si.WITH_INPUT)) > 2, "every template comes up"
+        ids, mask, prompt, response = encoded(record, rng)
+        assert len(ids) == len(mask)
+        assert sorted(mask) == mask, "the response comes last"
+        assert ids[-1] == END
+        assert response.lstrip() == "cat and dog.<|end|>"
+        assert "cat" not in prompt
 
 
-def test_braces_in_a_users_text_are_only_text():
-    record = {"instruction": "Mend this template.", "input": "Dear {instruction}, {input}!", "output": "x"}
-    assert all("Dear {instruction}, {input}!" in si.prompt_of(record, random.Random(i)) for i in range(9))
+def test_a_space_or_a_line_end_separates_prompt_and_output():
+    rng = random.Random(6)
+    for record in RECORDS * 40:
+        _, _, prompt, response = encoded(record, rng)
+        assert response.startswith(" ") == (not prompt.endswith("\n"))
 
 
-def test_an_answer_is_the_first_line_of_what_follows(monkeypatch):
-    says = Says(lambda p, n: ([" cat.\nTask: more", "\n\ndog. ", ""][n], n > 0))
-    monkeypatch.setattr(si, "ask", says)
-    assert si.follow(paper(), ENC, RECORDS[:3], random.Random(0)) == ["cat.", "dog.", ""]
-    (prompts, _, sampling), = says.calls
-    assert sampling["temperature"] == 0 and all(r["instruction"] in p and r["input"] in p and "cat" not in p for r, p in zip(RECORDS, prompts))
+def test_every_template_is_drawn_and_filled():
+    rng = random.Random(6)
+    layouts = {"with": set(), "without": set()}
+    for record in RECORDS * 40:
+        _, _, prompt, _ = encoded(record, rng)
+        assert record["instruction"] in prompt
+        assert record["input"] in prompt
+        assert "{" not in prompt
+        layout = prompt.replace(record["instruction"], "I")
+        if record["input"]:
+            layouts["with"].add(layout.replace(record["input"], "X"))
+        else:
+            layouts["without"].add(layout)
+    assert len(layouts["with"]) == len(set(si.WITH_INPUT)) > 2
+    assert len(layouts["without"]) == len(set(si.WITHOUT_INPUT)) > 2
 
 
-def test_fine_tuning_gives_the_model_of_the_best_look_and_leaves_the_base_alone(tmp_path):
-    base = saved(tmp_path / "gpt.pt", block=32)
-    before, looks, scores = (tmp_path / "gpt.pt").read_bytes(), [], iter([1.0, 3.0, 2.0, 3.0, 0.0])
+def test_braces_in_a_record_are_only_text():
+    record = {"instruction": "Mend this.", "input": "Dear {instruction}, {input}!", "output": "x"}
+    for seed in range(9):
+        assert "Dear {instruction}, {input}!" in si.prompt_of(record, random.Random(seed))
 
-    def val_score(model):
+
+def fine_tune(tmp_path, val_score, **settings):
+    cfg = SimpleNamespace(**dict(seed=0, lr=1e-2, steps=10, batch_tokens=60) | settings)
+    return si.fine_tune(tmp_path / "gpt.pt", "cpu", RECORDS, val_score, cfg)
+
+
+class Scores:
+    """Scores models from a list, and keeps a copy of their weights."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores)
+        self.weights = []
+
+    def __call__(self, model):
         assert not model.training
-        looks.append({k: v.clone() for k, v in model.state_dict().items()})
-        return next(scores)
-    cfg = SimpleNamespace(seed=0, lr=1e-2, steps=10, batch_tokens=60)
-    model = si.fine_tune(tmp_path / "gpt.pt", "cpu", RECORDS, val_score, cfg)
-    assert len(looks) == 5 and not model.training
-    same = lambda a, b: all(torch.equal(a[k], b[k]) for k in a)
-    assert same(looks[1], model.state_dict()) and not same(looks[0], looks[1]) and not same(base.state_dict(), looks[0])
+        self.weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(self.scores)
+
+
+def test_fine_tuning_returns_the_first_of_the_best_checkpoints(tmp_path):
+    base = saved_gpt(tmp_path / "gpt.pt", block=32)
+    scores = Scores([1.0, 3.0, 2.0, 3.0, 0.0])
+    model = fine_tune(tmp_path, scores)
+    assert not model.training
+    assert len(scores.weights) == 5
+    assert same_weights(scores.weights[1], model.state_dict())
+    assert not same_weights(scores.weights[0], scores.weights[1])
+    assert not same_weights(base.state_dict(), scores.weights[0])
+
+
+def test_fine_tuning_leaves_the_base_model_alone(tmp_path):
+    saved_gpt(tmp_path / "gpt.pt", block=32)
+    before = (tmp_path / "gpt.pt").read_bytes()
+    fine_tune(tmp_path, Scores([0.0] * 5))
     assert (tmp_path / "gpt.pt").read_bytes() == before
-    for steps, n in ((1, 1), (4, 4)):
-        looks.clear()
-        scores = iter([0.0] * 9)
-        si.fine_tune(tmp_path / "gpt.pt", "cpu", RECORDS, val_score, SimpleNamespace(**vars(cfg) | {"steps": steps}))
-        assert len(looks) == n, "few steps are looked at, too"
 
 
-def loss_of(model, records):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_with_fewer_than_5_steps_each_step_is_a_checkpoint(tmp_path, steps):
+    saved_gpt(tmp_path / "gpt.pt", block=32)
+    scores = Scores([0.0] * 9)
+    fine_tune(tmp_path, scores, steps=steps)
+    assert len(scores.weights) == steps
+
+
+def loss_of(model):
     torch.manual_seed(0)
-    ids, mask = si.sft.collate([si.encode(r, ENC, random.Random(0)) for r in records], range(len(records)))
-    return si.sft.response_loss(model(ids), ids, mask).item()
+    examples = [si.encode(record, ENC, random.Random(0)) for record in RECORDS]
+    ids, mask = sft.collate(examples, range(len(RECORDS)))
+    return sft.response_loss(model(ids), ids, mask).item()
 
 
 def test_fine_tuning_learns_the_records(tmp_path):
-    base = saved(tmp_path / "gpt.pt", block=32)
-    model = si.fine_tune(tmp_path / "gpt.pt", "cpu", RECORDS, lambda m: 1 / (1 + loss_of(m, RECORDS)), SimpleNamespace(seed=0, lr=1e-2, steps=20, batch_tokens=300))
-    assert loss_of(model, RECORDS) < 0.6 * loss_of(base, RECORDS)
+    base = saved_gpt(tmp_path / "gpt.pt", block=32)
+    model = fine_tune(tmp_path, lambda m: 1 / (1 + loss_of(m)), steps=20, batch_tokens=300)
+    assert loss_of(model) < 0.6 * loss_of(base)
 
 
-def test_the_longer_base_is_made_once_from_what_is_there(tmp_path, monkeypatch, capsys):
+# The base model
+
+
+@pytest.fixture
+def pretraining(tmp_path, monkeypatch):
+    """Replace gpt.main by one that writes an empty checkpoint; return the list of its configs."""
     runs = []
 
-    def pretrain(cfg):
+    def main(cfg):
         runs.append(cfg)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         (Path(cfg.out) / "gpt.pt").write_text("weights")
-    monkeypatch.setattr(gpt, "main", pretrain)
+
+    monkeypatch.setattr(gpt, "main", main)
     monkeypatch.setattr(tasks, "ensure", lambda folder, seed: Path(folder))
-    assert si.long_base(tmp_path / "o", 7, "cpu") == tmp_path / "o" / "long" / "gpt.pt"
-    assert [(c.out, c.init, c.seed, c.device) for c in runs] == [(str(tmp_path / "o"), "", 7, "cpu"), (str(tmp_path / "o" / "long"), str(tmp_path / "o" / "gpt.pt"), 7, "cpu")]
-    assert runs[1].data == str(tmp_path / "o" / "data" / "pages") and runs[1].block_size > 128 and "missing" in capsys.readouterr().out
+    return runs
+
+
+def test_a_missing_base_is_pretrained_and_then_trained_on_pages(tmp_path, pretraining, capsys):
+    out = tmp_path / "o"
+    assert si.long_base(out, 7, "cpu") == out / "long" / "gpt.pt"
+    first, second = pretraining
+    assert (first.out, first.init) == (str(out), "")
+    assert (second.out, second.init) == (str(out / "long"), str(out / "gpt.pt"))
+    assert second.data == str(out / "data" / "pages")
+    assert second.block_size > 128
+    for cfg in pretraining:
+        assert (cfg.seed, cfg.device) == (7, "cpu")
+    assert "missing" in capsys.readouterr().out
+
+
+def test_a_base_that_is_there_is_used_without_a_word(tmp_path, pretraining, capsys):
+    si.long_base(tmp_path / "o", 7, "cpu")
+    capsys.readouterr()
     si.long_base(str(tmp_path / "o"), 7, "cpu")
-    assert len(runs) == 2 and capsys.readouterr().out == ""
+    assert len(pretraining) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_only_what_is_missing_of_the_base_is_made(tmp_path, pretraining):
+    si.long_base(tmp_path / "o", 7, "cpu")
     (tmp_path / "o" / "long" / "gpt.pt").unlink()
     si.long_base(tmp_path / "o", 7, "cpu")
-    assert len(runs) == 3 and runs[2].init
+    assert len(pretraining) == 3
+    assert pretraining[2].init
 
 
 # A whole run
 
-def village_says(prompt, n):
-    """A model that knows its village: lists, kinds and instances, a tenth of them wrong."""
+
+def village_model(prompt, n):
+    """Respond as a model that knows the village.
+
+    Every seventh list has no end, and every tenth task has no instance.
+    """
     rng = random.Random(prompt)
     if prompt.startswith("Come up"):
-        return " " + "\n10. ".join(tasks.new_task(rng)["instruction"] for _ in range(4)), n % 7 != 0
+        lines = [tasks.new_task(rng)["instruction"] for _ in range(4)]
+        return " " + "\n10. ".join(lines), n % 7 != 0
     asked = prompt.rpartition("Task: ")[2].split("\n")[0]
     read = tasks.read_instruction(asked)
     if prompt.endswith("classification?"):
@@ -559,124 +1047,218 @@ def village_says(prompt, n):
     task = tasks.new_task(rng, op=read["op"], half="plain")
     if prompt.endswith("Class label:"):
         return f" {tasks.ideal(task, rng)}\nInput: {task['input']}\n", True
+    if n % 10 == 0:
+        return "nothing", True
     x = f"Input: {task['input']}\n" if task["input"] else ""
-    return (f"{x}Output: {tasks.ideal(tasks.read_input(read, task['input']) or task, rng)}\n\nTask: next" if n % 10 else "nothing"), True
+    output = tasks.ideal(tasks.read_input(read, task["input"]) or task, rng)
+    return f"{x}Output: {output}\n\nTask: next", True
 
 
-def run(tmp_path, monkeypatch, name="o", **choice):
-    monkeypatch.setattr(si, "ask", Says(village_says))
-    si.main(si.Config(base=str(tmp_path / "gpt.pt"), out=str(tmp_path / name), device="cpu", likelihood=0, **{**dict(rounds=2, requests=6), **choice}))
+def config(tmp_path, name="o", **settings):
+    settings = dict(rounds=2, requests=6, likelihood=0, device="cpu") | settings
+    return si.Config(base=str(tmp_path / "gpt.pt"), out=str(tmp_path / name), **settings)
+
+
+def run(tmp_path, monkeypatch, name="o", **settings):
+    FakeAsk(monkeypatch, village_model)
+    si.main(config(tmp_path, name, **settings))
     return tmp_path / name
 
 
-def jsonl(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+@pytest.fixture
+def own_seeds(tmp_path, monkeypatch):
+    """A base model, and a file of seeds; no run on it may ask the village for grades."""
+    saved_gpt(tmp_path / "gpt.pt")
+    monkeypatch.setattr(instruction_quality, "audit", lambda *args: pytest.fail("audited"))
+    monkeypatch.setattr(instruction_quality, "worth", lambda *args: pytest.fail("graded"))
+    return str(write_jsonl(tmp_path / "mine.jsonl", tasks.seed_tasks(random.Random(0), 60)))
 
 
-def test_a_run_on_seeds_of_ones_own_writes_tasks_records_and_numbers(tmp_path, monkeypatch, capsys):
-    saved(tmp_path / "gpt.pt")
-    written(tmp_path / "mine.jsonl", tasks.seed_tasks(random.Random(0), 60))
-    monkeypatch.setattr(si, "audit", lambda *a: 1 / 0)
-    monkeypatch.setattr(si, "worth", lambda *a: 1 / 0)
-    outs = [run(tmp_path, monkeypatch, name, seeds=str(tmp_path / "mine.jsonl"), seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
-    files = [{n: (o / "self_instruct" / n).read_bytes() for n in ("tasks.jsonl", "sft.jsonl")} for o in outs]
-    assert files[0] == files[1] != files[2], "same seed, same tasks"
-    made, records, rows = (jsonl(outs[0] / n) for n in ("self_instruct/tasks.jsonl", "self_instruct/sft.jsonl", "self_instruct.jsonl"))
-    fate, numbers = (next(r for r in rows if name in r) for name in ("candidates", "histogram"))
-    assert len(made) > 10 and records == si.as_records(made) and si.sft.load_chats(outs[0] / "self_instruct" / "sft.jsonl")
-    assert all(t["is_classification"] == (tasks.read_instruction(t["instruction"])["op"][1] in tasks.CLASSIFICATION) for t in made)
-    assert fate["candidates"]["kept"] == len(made) and sum(fate["candidates"].values()) == 2 * 6 * 4 and fate["candidates"]["list without end"] == 8
-    assert fate["instances"]["no instance"] == sum(not t["instances"] for t in made) > 0 and sum(numbers["histogram"]) == len(made)
-    assert not list(tmp_path.rglob("*.part")) and not (outs[0] / "data").exists()
-    assert str(outs[0] / "self_instruct" / "tasks.jsonl") in capsys.readouterr().out
+def test_a_run_is_decided_by_its_seed(tmp_path, monkeypatch, own_seeds):
+    def files(name, seed):
+        out = run(tmp_path, monkeypatch, name, seeds=own_seeds, seed=seed)
+        names = ("tasks.jsonl", "sft.jsonl")
+        return [(out / "self_instruct" / name).read_bytes() for name in names]
+
+    one = files("a", seed=1)
+    assert one == files("b", seed=1)
+    assert one != files("c", seed=2)
 
 
-def test_a_run_of_the_village_is_audited(tmp_path, monkeypatch):
-    saved(tmp_path / "gpt.pt")
+def test_a_run_on_seeds_of_your_own_writes_tasks_and_chats(
+    tmp_path, monkeypatch, own_seeds, capsys
+):
+    out = run(tmp_path, monkeypatch, seeds=own_seeds, seed=1)
+    made = read_jsonl(out / "self_instruct" / "tasks.jsonl")
+    assert len(made) > 10
+    assert read_jsonl(out / "self_instruct" / "sft.jsonl") == si.as_records(made)
+    assert sft.load_chats(out / "self_instruct" / "sft.jsonl")
+    for task in made:
+        _, topic = tasks.read_instruction(task["instruction"])["op"]
+        assert task["is_classification"] == (topic in tasks.CLASSIFICATION)
+    assert not list(tmp_path.rglob("*.part"))
+    assert not (out / "data").exists()
+    assert str(out / "self_instruct" / "tasks.jsonl") in capsys.readouterr().out
+
+
+def test_a_run_logs_what_became_of_every_candidate(tmp_path, monkeypatch, own_seeds):
+    out = run(tmp_path, monkeypatch, seeds=own_seeds, seed=1)
+    made = read_jsonl(out / "self_instruct" / "tasks.jsonl")
+    rows = {row["row"]: row for row in read_jsonl(out / "self_instruct.jsonl")}
+    growth = rows["growth"]
+    without_instance = sum(not task["instances"] for task in made)
+    assert growth["candidates"]["kept"] == len(made)
+    assert growth["candidates"]["list without end"] == 8
+    assert sum(growth["candidates"].values()) == 2 * 6 * 4
+    assert growth["instances"]["no instance"] == without_instance > 0
+    assert sum(rows["diversity"]["histogram"]) == len(made)
+
+
+def test_a_run_on_the_village_is_audited(tmp_path, monkeypatch):
+    saved_gpt(tmp_path / "gpt.pt")
     (tmp_path / "o" / "data").mkdir(parents=True)
-    monkeypatch.setattr(tasks, "write_pages", functools.partial(tasks.write_pages, megabytes=0.03))
-    monkeypatch.setattr(si, "worth", lambda *a: [])
+    small = functools.partial(tasks.write_pages, megabytes=0.03)
+    monkeypatch.setattr(tasks, "write_pages", small)
+    monkeypatch.setattr(instruction_quality, "worth", lambda *args: [])
     out = run(tmp_path, monkeypatch)
-    row, = (r for r in jsonl(out / "self_instruct.jsonl") if "unseen_pairs" in r)
-    made = jsonl(out / "self_instruct" / "tasks.jsonl")
-    assert si.audit(made, tasks).items() <= row.items() and row["valid"] == 1 and 0 < row["with_instance"] <= row["tasks"] == len(made)
+    made = read_jsonl(out / "self_instruct" / "tasks.jsonl")
+    (row,) = [r for r in read_jsonl(out / "self_instruct.jsonl") if "unseen_pairs" in r]
+    assert instruction_quality.audit(made, tasks).items() <= row.items()
+    assert row["valid"] == 1
+    assert row["tasks"] == len(made)
+    assert 0 < row["with_instance"] <= len(made)
 
 
-def test_a_model_that_writes_no_list_is_told_so(tmp_path, monkeypatch):
-    saved(tmp_path / "gpt.pt")
-    written(tmp_path / "mine.jsonl", [GOOD] * 9)
-    monkeypatch.setattr(si, "ask", Says(lambda p, n: (" no.", True)))
-    with pytest.raises(UserError, match="not one usable instruction.*short"):
-        si.main(si.Config(base=str(tmp_path / "gpt.pt"), seeds=str(tmp_path / "mine.jsonl"), out=str(tmp_path / "o"), device="cpu", rounds=1, requests=2))
+def test_a_model_that_writes_no_list_is_a_user_error(tmp_path, monkeypatch):
+    saved_gpt(tmp_path / "gpt.pt")
+    seeds = str(write_jsonl(tmp_path / "mine.jsonl", [GOOD] * 9))
+    FakeAsk(monkeypatch, lambda prompt, n: (" no.", True))
+    with pytest.raises(UserError, match="no usable instruction.*short"):
+        si.main(config(tmp_path, seeds=seeds, rounds=1, requests=2))
 
 
-@pytest.mark.parametrize("flag", [dict(rounds=0), dict(requests=0), dict(top_p=1.5), dict(likelihood=-1.0), dict(temperature=-1.0)])
-def test_settings_out_of_bounds_are_refused_before_anything_is_made(tmp_path, flag):
-    with pytest.raises(UserError, match="--" + next(iter(flag)).replace("_", "-")):
-        si.main(si.Config(base=str(tmp_path / "gpt.pt"), out=str(tmp_path / "o"), device="cpu", **flag))
+@pytest.mark.parametrize(
+    "name, value",
+    [("rounds", 0), ("requests", 0), ("top_p", 1.5), ("likelihood", -1.0), ("temperature", -1.0)],
+)
+def test_a_setting_out_of_bounds_is_refused_before_anything_is_made(tmp_path, name, value):
+    with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+        si.main(config(tmp_path, **{name: value}))
     assert not (tmp_path / "o").exists()
 
 
 def test_the_command_line_ends_with_one_line_for_a_missing_seed_file(tmp_path, monkeypatch, capsys):
-    saved(tmp_path / "gpt.pt")
-    flags = dict(base=tmp_path / "gpt.pt", seeds=tmp_path / "none.jsonl", out=tmp_path / "o", device="cpu")
-    monkeypatch.setattr(sys, "argv", ["self_instruct.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))])
+    saved_gpt(tmp_path / "gpt.pt")
+    flags = ["--base", tmp_path / "gpt.pt", "--seeds", tmp_path / "none.jsonl"]
+    flags += ["--out", tmp_path / "o", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["self_instruct.py", *map(str, flags)])
     with pytest.raises(SystemExit) as e:
         gpt.run(si.main, si.Config, si.__doc__)
     error = capsys.readouterr().err
-    assert e.value.code == 2 and error.count("\n") == 1 and "none.jsonl" in error
+    assert e.value.code == 2
+    assert error.count("\n") == 1
+    assert "none.jsonl" in error
 
 
 # gpt.py: a longer context
 
-def test_sines_are_those_of_the_transformer():
-    for T, C in ((7, 8), (5, 6), (4, 5)):
-        got = gpt.sines(T, C)
-        assert got.shape == (T, C)
-        for t in range(T):
-            for c in range(C):
-                angle = t / 10_000 ** ((c - c % 2) / C)
-                assert got[t, c].item() == pytest.approx(0.05 * (math.cos(angle) if c % 2 else math.sin(angle)), abs=1e-6)
-    assert torch.equal(gpt.sines(9, 8)[:4], gpt.sines(4, 8)), "a longer table begins as the shorter"
+
+@pytest.mark.parametrize("T, C", [(7, 8), (5, 6), (4, 5)])
+def test_new_positions_are_the_transformers_sinusoids(T, C):
+    table = gpt.sines(T, C)
+    assert table.shape == (T, C)
+    for t in range(T):
+        for c in range(C):
+            angle = t / 10_000 ** ((c - c % 2) / C)
+            wave = math.cos(angle) if c % 2 else math.sin(angle)
+            assert table[t, c].item() == pytest.approx(0.05 * wave, abs=1e-6)
 
 
-def test_a_longer_context_changes_nothing_of_short_texts():
-    model, ids = tiny(block=16), torch.randint(0, ENC.n_vocab, (3, 16), generator=torch.Generator().manual_seed(0))
-    before, old = model(ids), model.wpe.weight.data.clone()
+def test_a_longer_table_of_sinusoids_begins_as_the_shorter():
+    assert torch.equal(gpt.sines(9, 8)[:4], gpt.sines(4, 8))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, ENC.n_vocab, (3, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_string_longer_than_the_context_is_a_user_error(ids):
     with pytest.raises(UserError, match="longer than the context"):
-        model(torch.cat([ids, ids], 1))
+        random_gpt(block=16)(torch.cat([ids, ids], 1))
+
+
+def test_a_longer_context_changes_nothing_for_short_strings(ids):
+    model = random_gpt(block=16)
+    before = model(ids)
+    positions = model.wpe.weight.data.clone()
     model.lengthen(40)
-    assert torch.equal(model(ids), before) and model.config.block_size == 40
-    assert torch.equal(model.wpe.weight.data[:16], old) and torch.equal(model.wpe.weight.data[16:], gpt.sines(40, 16)[16:])
+    assert model.config.block_size == 40
+    assert torch.equal(model(ids), before)
+    assert torch.equal(model.wpe.weight.data[:16], positions)
+    assert torch.equal(model.wpe.weight.data[16:], gpt.sines(40, 16)[16:])
+
+
+def test_a_longer_context_can_be_read_and_written_to_its_end(ids):
+    model = random_gpt(block=16)
+    model.lengthen(40)
     assert model(torch.cat([ids, ids, ids], 1)[:, :40]).shape == (3, 40, ENC.n_vocab)
-    long = gpt.generate(model, [ids[0].tolist()], 100, temperature=0)[0]
-    assert len(long) == 40 - 16, "the new context can be written to its end"
+    assert len(gpt.generate(model, [ids[0].tolist()], 100, temperature=0)[0]) == 40 - 16
+
+
+def test_the_new_positions_learn(ids):
+    model = random_gpt(block=16)
+    model.lengthen(40)
     model(torch.cat([ids, ids], 1)).sum().backward()
-    assert model.wpe.weight.grad[16:32].abs().sum() > 0 and model.wpe.weight.grad[32:].abs().sum() == 0, "new positions learn"
+    assert model.wpe.weight.grad[16:32].abs().sum() > 0
+    assert model.wpe.weight.grad[32:].abs().sum() == 0
 
 
-def read_on(tmp_path, **choice):
+# gpt.py: --init
+
+
+def train_further(tmp_path, **settings):
     text = tmp_path / "t.txt"
     text.write_text("Tom has a cat.\n<|end|>\nThe cat of Tom has a hat.\n<|end|>\n" * 60)
-    gpt.main(gpt.Config(data=str(text), out=str(tmp_path / "new"), init=str(tmp_path / "gpt.pt"), device="cpu", batch_tokens=64, val_fraction=0.2, **choice))
-    return gpt.load_model(tmp_path / "new" / "gpt.pt")
+    settings = dict(device="cpu", batch_tokens=64, val_fraction=0.2) | settings
+    init = str(tmp_path / "gpt.pt")
+    out = tmp_path / "new"
+    gpt.main(gpt.Config(data=str(text), out=str(out), init=init, **settings))
+    return gpt.load_model(out / "gpt.pt")
 
 
-def test_init_reads_on_from_a_checkpoint_and_may_lengthen_it(tmp_path):
-    old = saved(tmp_path / "gpt.pt", block=16)
+def test_init_keeps_the_weights_and_sizes_of_the_checkpoint_and_lengthens_it(tmp_path):
+    old = saved_gpt(tmp_path / "gpt.pt", block=16)
     before = (tmp_path / "gpt.pt").read_bytes()
-    model, _, state = read_on(tmp_path, steps=1, lr=0.0, block_size=24, n_layer=5, n_embd=64)
-    assert (model.config.block_size, model.config.n_layer, model.config.n_embd) == (24, 1, 16), "the checkpoint decides the sizes, but for a longer context"
-    assert all(torch.equal(v, old.state_dict()[k][:len(v)] if k != "wpe.weight" else torch.cat([old.wpe.weight.data, gpt.sines(24, 16)[16:]]))
-               for k, v in model.state_dict().items()), "and every weight"
-    assert state["tokenizer"] == "" and (tmp_path / "gpt.pt").read_bytes() == before
-    assert read_on(tmp_path, steps=1, lr=0.0, block_size=8)[0].config.block_size == 16, "a context is never cut"
-    assert not torch.equal(read_on(tmp_path, steps=2, block_size=16)[0].wte.weight, old.wte.weight), "it learns"
+    model, _, state = train_further(tmp_path, steps=1, lr=0.0, block_size=24, n_layer=5, n_embd=64)
+    expected = old.state_dict()
+    expected["wpe.weight"] = torch.cat([old.wpe.weight.data, gpt.sines(24, 16)[16:]])
+    assert model.config.block_size == 24
+    assert model.config.n_layer == 1
+    assert model.config.n_embd == 16
+    assert same_weights(model.state_dict(), expected)
+    assert state["tokenizer"] == ""
+    assert (tmp_path / "gpt.pt").read_bytes() == before
 
 
-def test_init_of_nothing_is_one_line(tmp_path):
+def test_init_never_cuts_the_context(tmp_path):
+    saved_gpt(tmp_path / "gpt.pt", block=16)
+    model, _, _ = train_further(tmp_path, steps=1, lr=0.0, block_size=8)
+    assert model.config.block_size == 16
+
+
+def test_a_model_from_init_learns(tmp_path):
+    old = saved_gpt(tmp_path / "gpt.pt", block=16)
+    model, _, _ = train_further(tmp_path, steps=2, block_size=16)
+    assert not torch.equal(model.wte.weight, old.wte.weight)
+
+
+def test_init_of_a_missing_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="gpt.pt: no such checkpoint"):
-        read_on(tmp_path, steps=1)
+        train_further(tmp_path, steps=1)
+
+
+def test_init_of_a_damaged_checkpoint_is_a_user_error(tmp_path):
     (tmp_path / "gpt.pt").write_text("no")
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        read_on(tmp_path, steps=1)
+        train_further(tmp_path, steps=1)
