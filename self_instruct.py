@@ -3,11 +3,11 @@
 Idea (Wang et al., arXiv:2212.10560). A base model cannot follow instructions, but it can continue
 a list of them. So it writes the training set itself:
 
-    1. grow        show a list of 8 instructions, 6 of people's and 2 of the model's own;
-                   the model writes numbers 9, 10, ...; keep what passes the filters below
+    1. grow        show a list of 8 instructions: 6 seed tasks and 2 of the model's own; the model
+                   writes numbers 9, 10, ...; keep those that pass the filters below
     2. identify    ask in few shots: "Is it classification?"
-    3. instances   let it write an input and the output; for classification the label first, then
-                   an input that gets it (input first gives the commonest label again and again)
+    3. instances   let the model write an input and its output; for classification the label first,
+                   then an input for it (input first gives the commonest label again and again)
     4. filter      drop instances without an output, and inputs with two different outputs
     5. fine-tune   the same base model on what it wrote, in several prompt templates
 
@@ -23,16 +23,12 @@ an instruction with a token that the model itself finds unlikely.
     python self_instruct.py --likelihood 0 --steps 0          the paper's filters alone
     python self_instruct.py --seeds mine.jsonl --base my.pt   your own tasks and model, not graded
 
-A seed task is {"instruction", "instances": [{"input", "output"}], "is_classification"}.
 Four minutes on one CPU core. The base model is OUT/long/gpt.pt: OUT/gpt.pt, trained further at a
-context of 320 tokens. It is made first if it is missing, which takes three minutes.
-
-From elsewhere: the model and its sampling (gpt.py), the masked loss (sft.py), the village's tasks
-(data/tasks.py) and the measures of what was made (lab/instruction_quality.py, imported in main
-because it imports this file). Read next: self_reward.py.
+context of 320 tokens. It is made first if it is missing, which takes three minutes. Read next:
+self_reward.py. Elsewhere: the masked loss (sft.py), seed tasks and pages (data/tasks.py), and the
+measures of what was made (lab/instruction_quality.py; it imports this file, so main imports it).
 """
 import importlib
-import json
 import random
 import re
 from collections import Counter
@@ -46,41 +42,29 @@ from tqdm import tqdm
 
 import gpt
 import sft
-from run import UserError, announce
+from data import tasks as village_tasks
+from data.formats import load_seed_tasks, write_records
+from data.text import batches
+from data.tokenizer import end_of
+from scaffold.cli import BaseConfig, UserError, pick_device, require, run_folder, start
+from scaffold.optim import adamw, lr_at
+from scaffold.run import ensure_stage, log_metrics, set_seed, take_step
 
 
 @dataclass
-class Config:
-    base: str = ""
-    "the model that writes; empty: OUT/long/gpt.pt, made from OUT/gpt.pt if missing"
-    seeds: str = ""
-    "seed tasks, .json or .jsonl; empty: 175 of the village's"
-    out: str = "out"
-    "folder of the run; results go to OUT/self_instruct"
-    rounds: int = 8
-    "how often the pool grows"
-    requests: int = 64
-    "lists per round"
-    temperature: float = 1.0
-    "of the lists; the paper's 0.7 makes a small model repeat itself"
-    top_p: float = 0.9
-    "of the lists; 0.5 in the paper"
-    shots: int = 0
-    "worked tasks before the one that needs instances; a small model copies from them"
-    likelihood: float = 0.01
-    "drop instructions with a token less likely than this; 0: the paper's filters alone"
-    steps: int = 300
-    "optimizer steps of each fine-tuning run; 0: measure without fine-tuning"
-    batch_tokens: int = 1024
-    "tokens per step"
-    lr: float = 1e-3
-    "peak learning rate"
-    gold: str = "data.tasks"
-    "module that grades tasks: for reports, and to choose the best of five checkpoints"
-    seed: int = 0
-    "same seed, same machine, same run"
-    device: str = "auto"
-    "auto (cuda if available, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    base: str = ""               # the model that writes; empty: OUT/long/gpt.pt, made if missing
+    seeds: str = ""              # seed tasks, see data/README.md; empty: 175 of the village's
+    rounds: int = 8              # how often the pool grows
+    requests: int = 64           # lists per round
+    temperature: float = 1.0     # of the lists; the paper's 0.7 makes a small model repeat itself
+    top_p: float = 0.9           # of the lists; 0.5 in the paper
+    shots: int = 0               # worked tasks shown in step 3; a small model copies from them
+    likelihood: float = 0.01     # drop instructions with a less likely token; 0 keeps them
+    steps: int = 300             # optimizer steps of each fine-tuning; 0: do not fine-tune
+    batch_tokens: int = 1024     # tokens per step, padding included
+    lr: float = 1e-3             # peak learning rate, cosine to a tenth
+    gold: str = "data.tasks"     # module that grades tasks: for reports, and to choose checkpoints
 
 
 LIST_HEAD = "Come up with a series of tasks:\n"
@@ -115,14 +99,13 @@ def positions(text):
 
 
 def rouge_l(a, b):
-    """F-measure of the longest common subsequence of words; 0 if a string has no words (Lin, 2004).
+    """F-measure of the longest common subsequence of words (Lin, 2004); 0 if a string has none.
 
     Equals rouge-score's without stemming. The bits of one integer are a row of the dynamic program
     (Hyyro, 2004).
     """
     masks = positions(a)
-    m = len(words(a))
-    n = len(words(b))
+    m, n = len(words(a)), len(words(b))
     if m == 0 or n == 0:
         return 0.0
     full = (1 << m) - 1
@@ -197,8 +180,7 @@ def keep_instances(instances):
 
     Keeps the first five, where the paper draws five.
     """
-    kept = []
-    reasons = []
+    kept, reasons = [], []
     for x, y in dict.fromkeys(instances):
         reason = instance_reject_reason(x, y)
         if reason is None:
@@ -213,14 +195,13 @@ def keep_instances(instances):
 
 def ask(model, enc, prompts, max_new_tokens, batch=64, **sampling):
     """Continue strings -> [(string, whether the model stopped by itself)]."""
-    end = gpt.end_of(enc)
     results = []
     for start in tqdm(range(0, len(prompts), batch), desc="ask", mininterval=1, leave=False):
         ids = [enc.encode_ordinary(p) for p in prompts[start:start + batch]]
         if "seed" in sampling:
             sampling["seed"] += 1   # else every batch would repeat the draws of the first
-        for row in gpt.generate(model, ids, max_new_tokens, stop=end, **sampling):
-            results.append((enc.decode([i for i in row if i != end]), row[-1] == end))
+        for new in gpt.generate(model, ids, max_new_tokens, stop=end_of(enc), **sampling):
+            results.append((sft.decode_response(new, enc), new[-1] == end_of(enc)))
     return results
 
 
@@ -232,8 +213,8 @@ def least_likely(model, enc, instructions, batch=64):
     for start in range(0, len(instructions), batch):
         lines = [head + enc.encode_ordinary(f" {x}\n") for x in instructions[start:start + batch]]
         rows = [torch.tensor(ids[:model.config.block_size]) for ids in lines]
-        ids = gpt.pad(rows).to(model.wte.weight.device)                            # (B, T)
-        logprobs = gpt.token_logprobs(model, ids)                                  # (B, T-1)
+        ids = gpt.pad(rows).to(model.wte.weight.device)                       # (B, T)
+        logprobs = gpt.token_logprobs(model, ids)                             # (B, T-1)
         for row, logprob in zip(rows, logprobs):
             results.append(logprob[len(head) - 1:len(row) - 1].min().exp().item())
     return results
@@ -251,24 +232,21 @@ def grow(model, enc, seeds, cfg, rng):
     Returns the kept instructions in order, a Counter of what became of the candidates, and a row
     for each round.
     """
-    kept = []
-    counts = Counter()
-    rounds = []
+    kept, counts, rounds = [], Counter(), []
     for number in range(cfg.rounds):
-        before = len(kept)
-        tried = 0
+        before, tried = len(kept), 0
         prompts = [sample_list(seeds, kept, rng) for _ in range(cfg.requests)]
         sampling = dict(temperature=cfg.temperature, top_p=cfg.top_p, seed=rng.randrange(2**31))
         for text, ended in ask(model, enc, prompts, model.config.block_size, **sampling):
             candidates = read_list(text)
-            if not ended:   # cut off, nobody knows where: the whole list goes, as in the paper
+            if not ended:   # cut off at an unknown place: drop the list, as in the paper
                 counts["list without end"] += len(candidates)
                 continue
             tried += len(candidates)
-            odds = [1.0] * len(candidates)
+            probs = [1.0] * len(candidates)
             if cfg.likelihood:
-                odds = least_likely(model, enc, candidates)
-            for candidate, p in zip(candidates, odds):
+                probs = least_likely(model, enc, candidates)
+            for candidate, p in zip(candidates, probs):
                 reason = reject_reason(candidate, seeds + kept)
                 if reason is None and p < cfg.likelihood:
                     reason = "unlikely"
@@ -352,9 +330,10 @@ def make_tasks(model, enc, seeds, cfg, rng, log):
             kept, reasons = keep_instances(pairs)
             task["instances"] = [{"input": x, "output": y} for x, y in kept]
             dropped.update(reasons if pairs else ["no instance"])
-    n = len(as_records(tasks))
-    print("instances:   " + ", ".join(f"{k} {n}" for k, n in [("kept", n), *dropped.most_common()]))
-    log(row="growth", candidates=dict(counts), instances=dict(dropped), kept_instances=n,
+    n_kept = len(as_records(tasks))
+    outcomes = [("kept", n_kept), *dropped.most_common()]
+    print("instances:   " + ", ".join(f"{k} {n}" for k, n in outcomes))
+    log(row="growth", candidates=dict(counts), instances=dict(dropped), kept_instances=n_kept,
         rounds=rounds)
     return tasks
 
@@ -373,41 +352,37 @@ def prompt_of(record, rng):
 
 
 def encode(record, enc, rng):
-    """Record -> (ids, mask): the mask is 1 on the output and its end token."""
+    """Tokenize a record; the mask is 1 on the output and its end token."""
     prompt = prompt_of(record, rng)
     output = record["output"] if prompt.endswith("\n") else " " + record["output"]
     ids = enc.encode_ordinary(prompt)
-    response = enc.encode_ordinary(output) + [gpt.end_of(enc)]
-    return torch.tensor(ids + response), torch.tensor([0] * len(ids) + [1] * len(response))
+    response = enc.encode_ordinary(output) + [end_of(enc)]
+    mask = [0] * len(ids) + [1] * len(response)
+    return sft.Example(torch.tensor(ids + response), torch.tensor(mask))
 
 
-def endless_batches(records, enc, block_size, batch_tokens, rng):
+def endless_batches(records, enc, block_size, batch_tokens, rng, device):
     """Yield (ids, mask), (B, T) each, epoch after epoch. Every epoch draws new templates."""
     while True:
         examples = [encode(record, enc, rng) for record in records]
-        examples = [(ids[:block_size], mask[:block_size]) for ids, mask in examples]
-        for rows in sft.batches([len(ids) for ids, _ in examples], batch_tokens, rng):
-            yield sft.collate(examples, rows)
+        examples = [sft.Example(e.ids[:block_size], e.mask[:block_size]) for e in examples]
+        for rows in batches([len(e.ids) for e in examples], batch_tokens, rng):
+            yield sft.collate(examples, rows, device)
 
 
 def fine_tune(base, device, records, val_score, cfg):
-    """Step 5: fine-tune a copy of the base model on the records.
-
-    Returns the best of five checkpoints by val_score(model).
-    """
+    """Step 5: fine-tune the base model; return the best of five checkpoints by val_score(model)."""
     model, enc, _ = gpt.load_model(base, device)
-    optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    best_score = -1.0
-    best_weights = None
-    batches = endless_batches(records, enc, model.config.block_size, cfg.batch_tokens,
-                              random.Random(cfg.seed))
-    bar = tqdm(islice(batches, cfg.steps), total=cfg.steps, desc=f"fine-tune on {len(records)}",
+    optimizer = adamw(model, cfg.lr, 0.01)
+    best_score, best_weights = -1.0, None
+    examples = endless_batches(records, enc, model.config.block_size, cfg.batch_tokens,
+                               random.Random(cfg.seed), device)
+    bar = tqdm(islice(examples, cfg.steps), total=cfg.steps, desc=f"fine-tune on {len(records)}",
                mininterval=1, leave=False)
-    for step, (ids, mask) in enumerate(bar):
+    for step, (ids, mask) in enumerate(bar):                                  # (B, T) each
         model.train()
-        ids, mask = ids.to(device), mask.to(device)                                # (B, T) each
         loss = sft.response_loss(model(ids), ids, mask)
-        gpt.take_step(loss, optimizer, model, gpt.lr_at(step, cfg.steps, cfg.lr))
+        take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr))
         if (step + 1) % max(1, cfg.steps // 5) == 0:
             score = val_score(model.eval())
             if score > best_score:
@@ -417,100 +392,58 @@ def fine_tune(base, device, records, val_score, cfg):
     return model.eval()
 
 
-def long_base(out, seed, device, resume=False):
-    """Return the path of the default base model, and make it if it is missing.
+def long_base(cfg):
+    """Return the path of the default base model; make it first if it is missing.
 
     It is OUT/gpt.pt, trained further at a context of 320 tokens, mostly on pages of tasks.
     """
-    from data import tasks
-    out = Path(out)
+    out = Path(cfg.out)
     path = out / "long" / "gpt.pt"
-    if not (out / "gpt.pt").exists():
-        announce(out / "gpt.pt", "pretraining it", resume)
-        gpt.main(gpt.Config(out=str(out), seed=seed, device=device, resume=resume))
+    ensure_stage(out / "gpt.pt", gpt, cfg)
     if not path.exists():
-        announce(path, "training OUT/gpt.pt further, on pages of tasks,", resume)
-        pages = tasks.ensure(out / "data", seed) / "pages"
-        gpt.main(gpt.Config(init=str(out / "gpt.pt"), data=str(pages), out=str(path.parent),
-                            block_size=320, steps=6000, seed=seed, device=device, resume=resume))
+        village_tasks.ensure(out / "data", cfg.seed)
+    ensure_stage(path, gpt, cfg, init=str(out / "gpt.pt"), data=str(out / "data" / "pages"),
+                 block_size=320, steps=6000)
     return path
 
 
-def read_seeds(path):
-    """Read seed tasks in the paper's format -> list of dicts. Raises UserError."""
-    seeds = []
-    for where, record in sft.read_records(path):
-        label = record.get("is_classification", False)
-        given = record.get("instances")
-        valid = (isinstance(record.get("instruction"), str) and isinstance(given, list)
-                 and all(is_instance(i) for i in given)
-                 and label in (True, False, "true", "True", "false", "False"))
-        if not valid:
-            raise UserError(f'{where}: expected {{"instruction": string, "instances": [{{"input", '
-                            f'"output"}}], "is_classification": true or false}}')
-        seeds.append({"instruction": record["instruction"],
-                      "is_classification": label in (True, "true", "True"),
-                      "instances": [{"input": i.get("input") or "", "output": i["output"]}
-                                    for i in given]})
-    if len(seeds) < 8:
-        raise UserError(f"{path}: {len(seeds)} seed tasks; a list shows 8, so bring at least 8")
-    return seeds
-
-
-def is_instance(instance):
-    return (isinstance(instance, dict) and isinstance(instance.get("output"), str)
-            and isinstance(instance.get("input", ""), str))
-
-
-def write_jsonl(path, records):
-    """Write JSON lines, all of them or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    part.write_text("".join(lines), encoding="utf-8", newline="\n")
-    part.replace(path)
-
-
 def check(cfg):
-    gpt.require(cfg, 1, "rounds", "requests", "batch_tokens")
-    gpt.require(cfg, 0, "temperature", "lr", "shots", most=10)
-    gpt.require(cfg, 0, "top_p", "likelihood", most=1)
-    gpt.require(cfg, 0, "steps")
+    require(cfg, 1, "rounds", "requests", "batch_tokens")
+    require(cfg, 0, "temperature", "lr", "shots", most=10)
+    require(cfg, 0, "top_p", "likelihood", most=1)
+    require(cfg, 0, "steps")
 
 
 def main(cfg):
-    from data import tasks as village_tasks
-    from lab import instruction_quality   # imports this file
+    from lab import instruction_quality   # lazy: it imports this file
     check(cfg)
-    device = gpt.pick_device(cfg.device)
-    out = gpt.run_folder(Path(cfg.out))
-    base = Path(cfg.base or long_base(cfg.out, cfg.seed, cfg.device))
+    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    base = Path(cfg.base or long_base(cfg))
     gold = None
     if not cfg.seeds:
         gold = importlib.import_module(cfg.gold) if cfg.gold else None
         cfg.seeds = str(village_tasks.ensure(out / "data", cfg.seed) / "seed_tasks.jsonl")
-    seeds = read_seeds(cfg.seeds)
+    seeds = load_seed_tasks(cfg.seeds)
     rng = random.Random(cfg.seed)
-    gpt.set_seed(cfg.seed)
+    set_seed(cfg.seed)
     model, enc, _ = gpt.load_model(base, device)
     print(f"self_instruct.py: {len(seeds)} seed tasks, {cfg.rounds} rounds of {cfg.requests} "
           f"lists, device {device}")
-    log = partial(gpt.log_metrics, out / "self_instruct.jsonl")
+    log = partial(log_metrics, out / "self_instruct.jsonl")
     log(fresh=True, row="settings", seed=cfg.seed, likelihood=cfg.likelihood, shots=cfg.shots)
-
     tasks = make_tasks(model, enc, seeds, cfg, rng, log)
-    write_jsonl(out / "self_instruct" / "tasks.jsonl", tasks)
-    write_jsonl(out / "self_instruct" / "sft.jsonl", as_records(tasks))
+    folder = out / "self_instruct"
+    write_records(folder / "tasks.jsonl", tasks)
+    write_records(folder / "sft.jsonl", as_records(tasks))
     instruction_quality.report(model, enc, tasks, seeds, gold, out / "data", rng, log)
     if gold and cfg.steps:
         instruction_quality.report_worth(cfg, base, device, tasks, seeds, gold, out / "data", log)
-
     for task in rng.sample(tasks, min(5, len(tasks))):
         print(f"--- {task['instruction']}")
         print("\n".join(f"    {i['input']!r} -> {i['output']!r}" for i in task["instances"]))
-    print(f"---\nsaved {out / 'self_instruct' / 'tasks.jsonl'}, and as chats for sft.py: "
-          f"sft.jsonl; next: python self_reward.py --out {out}")
+    print(f"---\nsaved {folder / 'tasks.jsonl'}, and as chats for sft.py: sft.jsonl; "
+          f"next: python self_reward.py --out {out}")
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

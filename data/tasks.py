@@ -20,20 +20,28 @@ Self-Instruct reads pages first: lists of tasks, worked examples, labels with in
 "Is it classification?". The pages show one half of the world. A pair of topic and manner with an
 odd hash is on no page and in no seed task, and neither is the fourth wording of an instruction.
 """
-import argparse
-import json
 import random
 import re
 import sys
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import corpus, village
+from data.formats import write_records
 from data.village import FACTS, IGNORANCE, KINDS, LIFE, RUDE_LINES, WORDS
 from data.village import Reply, Story, Wishes, sentences, slots
+from scaffold.cli import start
+
+
+@dataclass
+class Config:
+    n: int = 10        # how many tasks to print
+    out: str = ""      # write the files to this folder instead
+    seed: int = 0      # another seed gives other tasks of the same world
 
 
 class Sort(Reply):
@@ -642,13 +650,11 @@ def ensure(folder, seed=0):
     folder = Path(folder)
     if (folder / "pages" / "mixture.json").exists():   # the last file to be written
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     files = dict(tasks_test=held_out_tasks(rng), seed_tasks=seed_tasks(rng),
                  tasks_val=[new_task(rng) for _ in range(200)])
     for name, records in files.items():
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        write_records(folder / f"{name}.jsonl", records)
     write_pages(folder, seed)
     return folder
 
@@ -664,14 +670,12 @@ def show(n, seed):
         print(f"output       {output}    {'right' if verdict.right else 'wrong'}\n")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=10, help="how many tasks to print [%(default)s]")
-    parser.add_argument("--out", default="", help="write the files to this folder instead")
-    parser.add_argument("--seed", type=int, default=0, help="other seed, other tasks [%(default)s]")
-    args = parser.parse_args()
-    if args.out:
-        print(f"wrote {ensure(args.out, args.seed)}")
+def main(cfg):
+    if cfg.out:
+        print(f"wrote {ensure(cfg.out, cfg.seed)}")
     else:
-        show(args.n, args.seed)
+        show(cfg.n, cfg.seed)
+
+
+if __name__ == "__main__":
+    start(main, Config, __doc__)

@@ -17,12 +17,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import self_instruct
-import sft
+from data.formats import read_records
+from data.text import read_text
+from evaluate import mean_and_ci
 
 SMALL_WORDS = "a an the me my it i is of to with for in from".split()
 PARTS = ("seen", "unseen", "user")   # of the test tasks: see data/tasks.py
@@ -38,7 +38,7 @@ def lines_read(folder):
     """Return all lines of the folder's *.txt files, without list numbers and "Task:"."""
     lines = set()
     for file in Path(folder).rglob("*.txt"):
-        for line in gpt.read_text(file).split("\n"):
+        for line in read_text(file).split("\n"):
             lines.add(re.sub(r"^(\d+\.|Task:) ", "", line))
     return lines
 
@@ -165,8 +165,8 @@ def worth(cfg, base, device, tasks, seeds, gold, folder):
 
     folder holds tasks_val.jsonl, which chooses the checkpoint, and tasks_test.jsonl.
     """
-    tests = [record for _, record in sft.read_records(folder / "tasks_test.jsonl")]
-    val = [record for _, record in sft.read_records(folder / "tasks_val.jsonl")]
+    tests = [record for _, record in read_records(folder / "tasks_test.jsonl")]
+    val = [record for _, record in read_records(folder / "tasks_val.jsonl")]
     model, enc, _ = gpt.load_model(base, device)
 
     def val_score(model):
@@ -192,9 +192,8 @@ def worth_row(name, n_records, scores, tests, seeds_only):
         row[part] = sum(of_part) / len(of_part)
         row[f"{part}_whole"] = sum(score > 0.999 for score in of_part) / len(of_part)
     if seeds_only:
-        gain = torch.tensor([a - b for a, b in zip(scores, seeds_only)], dtype=torch.float64)
-        row["above_seeds"] = gain.mean().item()
-        row["above_seeds_ci"] = 1.96 * gain.std().item() / len(gain) ** 0.5
+        gain = [a - b for a, b in zip(scores, seeds_only)]
+        row["above_seeds"], row["above_seeds_ci"] = mean_and_ci(gain)
     return row
 
 
