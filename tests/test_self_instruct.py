@@ -23,11 +23,14 @@ import gpt  # noqa: E402
 import self_instruct as si  # noqa: E402
 import sft  # noqa: E402
 from data import tasks  # noqa: E402
-from gpt import UserError  # noqa: E402
+from data.formats import load_chats, load_seed_tasks  # noqa: E402
+from data.tokenizer import end_of, get_tokenizer  # noqa: E402
 from lab import instruction_quality  # noqa: E402
+from scaffold import cli  # noqa: E402
+from scaffold.cli import BaseConfig, UserError  # noqa: E402
 
-ENC = gpt.get_tokenizer()
-END = gpt.end_of(ENC)
+ENC = get_tokenizer()
+END = end_of(ENC)
 HEAD = "Come up with a series of tasks:"
 
 
@@ -641,7 +644,7 @@ def test_an_instruction_that_fills_the_context_is_a_user_error():
 
 
 def village_seeds(n):
-    """Return seed tasks as read_seeds gives them."""
+    """Return seed tasks as load_seed_tasks gives them."""
     keys = ("instruction", "is_classification", "instances")
     return [{k: seed[k] for k in keys} for seed in tasks.seed_tasks(random.Random(5), n)]
 
@@ -813,7 +816,7 @@ def test_seeds_are_read_in_the_papers_format(tmp_path):
         "instances": [{"input": "猫", "output": "yes"}, {"output": "no"}],
         "is_classification": True,
     }
-    seeds = si.read_seeds(write_jsonl(tmp_path / "s.jsonl", [GOOD] * 7 + [in_paper]))
+    seeds = load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", [GOOD] * 7 + [in_paper]))
     assert seeds[:7] == [GOOD] * 7
     assert seeds[7] == {
         "instruction": "Is it?",
@@ -838,19 +841,19 @@ BAD_SEEDS = {
 def test_a_bad_seed_is_one_line_with_its_place(tmp_path, bad):
     path = write_jsonl(tmp_path / "s.jsonl", [GOOD] * 8 + [bad])
     with pytest.raises(UserError, match=r"s\.jsonl:9: expected") as e:
-        si.read_seeds(path)
+        load_seed_tasks(path)
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("n, message", [(7, "7 seed tasks"), (0, "no records")])
 def test_fewer_than_8_seeds_are_a_user_error(tmp_path, n, message):
     with pytest.raises(UserError, match=message):
-        si.read_seeds(write_jsonl(tmp_path / "s.jsonl", [GOOD] * n))
+        load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", [GOOD] * n))
 
 
 def test_a_missing_seed_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="none.jsonl"):
-        si.read_seeds(tmp_path / "none.jsonl")
+        load_seed_tasks(tmp_path / "none.jsonl")
 
 
 def test_records_are_alpaca_records_one_per_instance():
@@ -999,9 +1002,13 @@ def pretraining(tmp_path, monkeypatch):
     return runs
 
 
+def long_base(out):
+    return si.long_base(BaseConfig(out=str(out), seed=7, device="cpu"))
+
+
 def test_a_missing_base_is_pretrained_and_then_trained_on_pages(tmp_path, pretraining, capsys):
     out = tmp_path / "o"
-    assert si.long_base(out, 7, "cpu") == out / "long" / "gpt.pt"
+    assert long_base(out) == out / "long" / "gpt.pt"
     first, second = pretraining
     assert (first.out, first.init) == (str(out), "")
     assert (second.out, second.init) == (str(out / "long"), str(out / "gpt.pt"))
@@ -1013,17 +1020,17 @@ def test_a_missing_base_is_pretrained_and_then_trained_on_pages(tmp_path, pretra
 
 
 def test_a_base_that_is_there_is_used_without_a_word(tmp_path, pretraining, capsys):
-    si.long_base(tmp_path / "o", 7, "cpu")
+    long_base(tmp_path / "o")
     capsys.readouterr()
-    si.long_base(str(tmp_path / "o"), 7, "cpu")
+    long_base(tmp_path / "o")
     assert len(pretraining) == 2
     assert capsys.readouterr().out == ""
 
 
 def test_only_what_is_missing_of_the_base_is_made(tmp_path, pretraining):
-    si.long_base(tmp_path / "o", 7, "cpu")
+    long_base(tmp_path / "o")
     (tmp_path / "o" / "long" / "gpt.pt").unlink()
-    si.long_base(tmp_path / "o", 7, "cpu")
+    long_base(tmp_path / "o")
     assert len(pretraining) == 3
     assert pretraining[2].init
 
@@ -1092,7 +1099,7 @@ def test_a_run_on_seeds_of_your_own_writes_tasks_and_chats(
     made = read_jsonl(out / "self_instruct" / "tasks.jsonl")
     assert len(made) > 10
     assert read_jsonl(out / "self_instruct" / "sft.jsonl") == si.as_records(made)
-    assert sft.load_chats(out / "self_instruct" / "sft.jsonl")
+    assert load_chats(out / "self_instruct" / "sft.jsonl")
     for task in made:
         _, topic = tasks.read_instruction(task["instruction"])["op"]
         assert task["is_classification"] == (topic in tasks.CLASSIFICATION)
@@ -1153,7 +1160,7 @@ def test_the_command_line_ends_with_one_line_for_a_missing_seed_file(tmp_path, m
     flags += ["--out", tmp_path / "o", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["self_instruct.py", *map(str, flags)])
     with pytest.raises(SystemExit) as e:
-        gpt.run(si.main, si.Config, si.__doc__)
+        cli.start(si.main, si.Config, si.__doc__)
     error = capsys.readouterr().err
     assert e.value.code == 2
     assert error.count("\n") == 1
@@ -1165,7 +1172,7 @@ def test_the_command_line_ends_with_one_line_for_a_missing_seed_file(tmp_path, m
 
 @pytest.mark.parametrize("T, C", [(7, 8), (5, 6), (4, 5)])
 def test_new_positions_are_the_transformers_sinusoids(T, C):
-    table = gpt.sines(T, C)
+    table = gpt.sinusoids(T, C)
     assert table.shape == (T, C)
     for t in range(T):
         for c in range(C):
@@ -1175,7 +1182,7 @@ def test_new_positions_are_the_transformers_sinusoids(T, C):
 
 
 def test_a_longer_table_of_sinusoids_begins_as_the_shorter():
-    assert torch.equal(gpt.sines(9, 8)[:4], gpt.sines(4, 8))
+    assert torch.equal(gpt.sinusoids(9, 8)[:4], gpt.sinusoids(4, 8))
 
 
 @pytest.fixture
@@ -1192,23 +1199,23 @@ def test_a_longer_context_changes_nothing_for_short_strings(ids):
     model = random_gpt(block=16)
     before = model(ids)
     positions = model.wpe.weight.data.clone()
-    model.lengthen(40)
+    model.extend_context(40)
     assert model.config.block_size == 40
     assert torch.equal(model(ids), before)
     assert torch.equal(model.wpe.weight.data[:16], positions)
-    assert torch.equal(model.wpe.weight.data[16:], gpt.sines(40, 16)[16:])
+    assert torch.equal(model.wpe.weight.data[16:], gpt.sinusoids(40, 16)[16:])
 
 
 def test_a_longer_context_can_be_read_and_written_to_its_end(ids):
     model = random_gpt(block=16)
-    model.lengthen(40)
+    model.extend_context(40)
     assert model(torch.cat([ids, ids, ids], 1)[:, :40]).shape == (3, 40, ENC.n_vocab)
     assert len(gpt.generate(model, [ids[0].tolist()], 100, temperature=0)[0]) == 40 - 16
 
 
 def test_the_new_positions_learn(ids):
     model = random_gpt(block=16)
-    model.lengthen(40)
+    model.extend_context(40)
     model(torch.cat([ids, ids], 1)).sum().backward()
     assert model.wpe.weight.grad[16:32].abs().sum() > 0
     assert model.wpe.weight.grad[32:].abs().sum() == 0
@@ -1232,7 +1239,7 @@ def test_init_keeps_the_weights_and_sizes_of_the_checkpoint_and_lengthens_it(tmp
     before = (tmp_path / "gpt.pt").read_bytes()
     model, _, state = train_further(tmp_path, steps=1, lr=0.0, block_size=24, n_layer=5, n_embd=64)
     expected = old.state_dict()
-    expected["wpe.weight"] = torch.cat([old.wpe.weight.data, gpt.sines(24, 16)[16:]])
+    expected["wpe.weight"] = torch.cat([old.wpe.weight.data, gpt.sinusoids(24, 16)[16:]])
     assert model.config.block_size == 24
     assert model.config.n_layer == 1
     assert model.config.n_embd == 16
