@@ -44,7 +44,7 @@ import gpt
 import sft
 from data import tasks as village_tasks
 from data.formats import load_seed_tasks, write_records
-from data.text import batches
+from data.text import batches, pad
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
@@ -196,8 +196,8 @@ def keep_instances(instances):
 def ask(model, enc, prompts, max_new_tokens, batch=64, **sampling):
     """Continue strings -> [(string, whether the model stopped by itself)]."""
     results = []
-    for start in tqdm(range(0, len(prompts), batch), desc="ask", mininterval=1, leave=False):
-        ids = [enc.encode_ordinary(p) for p in prompts[start:start + batch]]
+    for i in tqdm(range(0, len(prompts), batch), desc="ask", mininterval=1, leave=False):
+        ids = [enc.encode_ordinary(p) for p in prompts[i:i + batch]]
         if "seed" in sampling:
             sampling["seed"] += 1   # else every batch would repeat the draws of the first
         for new in gpt.generate(model, ids, max_new_tokens, stop=end_of(enc), **sampling):
@@ -210,10 +210,10 @@ def least_likely(model, enc, instructions, batch=64):
     """Return the probability of each instruction's least likely token, first in a list."""
     head = enc.encode_ordinary(LIST_HEAD + "1.")
     results = []
-    for start in range(0, len(instructions), batch):
-        lines = [head + enc.encode_ordinary(f" {x}\n") for x in instructions[start:start + batch]]
+    for i in range(0, len(instructions), batch):
+        lines = [head + enc.encode_ordinary(f" {x}\n") for x in instructions[i:i + batch]]
         rows = [torch.tensor(ids[:model.config.block_size]) for ids in lines]
-        ids = gpt.pad(rows).to(model.wte.weight.device)                       # (B, T)
+        ids = pad(rows).to(model.wte.weight.device)                       # (B, T)
         logprobs = gpt.token_logprobs(model, ids)                             # (B, T-1)
         for row, logprob in zip(rows, logprobs):
             results.append(logprob[len(head) - 1:len(row) - 1].min().exp().item())

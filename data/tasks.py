@@ -391,17 +391,24 @@ def read_life(topic, text, person):
     """
     told = {}
     for line in sentences(text) or [""]:
-        for about, (form, _) in LIFE.items():
-            words = match(form, line)
-            if words is not None:
-                break
-        else:
+        found = read_fact(line)
+        if found is None:
             return None
+        about, words = found
         if about in told or words["person"] != (person or words["person"]):
             return None
         person = words["person"]
         told |= {"person": person, about: words[about]}
     return told | {"known": topic in told}
+
+
+def read_fact(sentence):
+    """Read a sentence of the form LIFE -> (topic, words), or None."""
+    for topic, (form, _) in LIFE.items():
+        words = match(form, sentence)
+        if words is not None:
+            return topic, words
+    return None
 
 
 def read_story(text):

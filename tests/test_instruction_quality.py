@@ -1,16 +1,12 @@
 """Properties of lab/instruction_quality.py, each measure counted by hand."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import self_instruct  # noqa: E402
-from data import tasks  # noqa: E402
-from lab import instruction_quality as quality  # noqa: E402
+import self_instruct
+from data import tasks
+from lab import instruction_quality as quality
 
 # Diversity
 

@@ -17,17 +17,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import gpt  # noqa: E402
-import self_instruct as si  # noqa: E402
-import sft  # noqa: E402
-from data import tasks  # noqa: E402
-from data.formats import load_chats, load_seed_tasks  # noqa: E402
-from data.tokenizer import end_of, get_tokenizer  # noqa: E402
-from lab import instruction_quality  # noqa: E402
-from scaffold import cli  # noqa: E402
-from scaffold.cli import BaseConfig, UserError  # noqa: E402
+import gpt
+import self_instruct as si
+import sft
+from data import tasks
+from data.checkpoint import extend_context
+from data.formats import load_chats, load_seed_tasks
+from data.tokenizer import end_of, get_tokenizer
+from lab import instruction_quality
+from scaffold import cli
+from scaffold.cli import BaseConfig, UserError
 
 ENC = get_tokenizer()
 END = end_of(ENC)
@@ -1199,7 +1198,7 @@ def test_a_longer_context_changes_nothing_for_short_strings(ids):
     model = random_gpt(block=16)
     before = model(ids)
     positions = model.wpe.weight.data.clone()
-    model.extend_context(40)
+    extend_context(model, gpt.sinusoids(40, 16))
     assert model.config.block_size == 40
     assert torch.equal(model(ids), before)
     assert torch.equal(model.wpe.weight.data[:16], positions)
@@ -1208,14 +1207,14 @@ def test_a_longer_context_changes_nothing_for_short_strings(ids):
 
 def test_a_longer_context_can_be_read_and_written_to_its_end(ids):
     model = random_gpt(block=16)
-    model.extend_context(40)
+    extend_context(model, gpt.sinusoids(40, 16))
     assert model(torch.cat([ids, ids, ids], 1)[:, :40]).shape == (3, 40, ENC.n_vocab)
     assert len(gpt.generate(model, [ids[0].tolist()], 100, temperature=0)[0]) == 40 - 16
 
 
 def test_the_new_positions_learn(ids):
     model = random_gpt(block=16)
-    model.extend_context(40)
+    extend_context(model, gpt.sinusoids(40, 16))
     model(torch.cat([ids, ids], 1)).sum().backward()
     assert model.wpe.weight.grad[16:32].abs().sum() > 0
     assert model.wpe.weight.grad[32:].abs().sum() == 0
