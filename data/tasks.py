@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import corpus, village
 from data.formats import write_records
 from data.village import FACTS, IGNORANCE, KINDS, LIFE, RUDE_LINES, WORDS
-from data.village import Reply, Story, Wishes, sentences, slots
+from data.village import Form, OpenQA, Reply, Story, Wishes, picker, sentences, slots
 from scaffold.cli import start
 
 
@@ -46,11 +46,12 @@ class Config:
 
 class Sort(Reply):
     """A word and its kind: a classification with four labels."""
-    FORMS = dict(sort=(["Is it an animal, a food, a place or a colour?",
-                        "Tell me the kind of this: animal, food, place or colour.",
-                        "Put the word where it belongs: animal, food, place or colour.",
-                        "Animal, food, place or colour, which is it?"],
-                       "It is of the kind {sort}.", "{sort}.", 0.5))
+    FORMS = dict(
+        sort=Form(["Is it an animal, a food, a place or a colour?",
+                   "Tell me the kind of this: animal, food, place or colour.",
+                   "Put the word where it belongs: animal, food, place or colour.",
+                   "Animal, food, place or colour, which is it?"],
+                  "It is of the kind {sort}.", "{sort}.", 0.5))
 
     def make(self, pick, rng):
         kind = rng.choice(MORE_WORDS["sort"])
@@ -59,11 +60,12 @@ class Sort(Reply):
 
 class Same(Reply):
     """Two people and what they like: a classification with the labels yes and no."""
-    FORMS = dict(same=(["Do the two like the same food, yes or no?",
-                        "Say yes if both like the same food, else say no.",
-                        "Tell me yes or no: is it the same food for both?",
-                        "The same food for the two of them, yes or no?"],
-                       "The answer is {yesno}.", "{yesno}.", 0.5))
+    FORMS = dict(
+        same=Form(["Do the two like the same food, yes or no?",
+                   "Say yes if both like the same food, else say no.",
+                   "Tell me yes or no: is it the same food for both?",
+                   "The same food for the two of them, yes or no?"],
+                  "The answer is {yesno}.", "{yesno}.", 0.5))
 
     def make(self, pick, rng):
         one, two = rng.sample(WORDS["person"], 2)
@@ -79,12 +81,12 @@ class Same(Reply):
 class Line(Reply):
     """Three things in a row: which is first, and which is last?"""
     FORMS = dict(
-        first=(["Which thing comes first in the line?", "Name the first thing of the line.",
-                "Tell me what stands first.", "The line starts with what?"],
-               "The first is the {thing}.", "{thing}.", 0.5),
-        last=(["Which thing comes last in the line?", "Name the last thing of the line.",
-               "Tell me what stands last.", "The line ends with what?"],
-              "The last is the {thing}.", "{thing}.", 0.5))
+        first=Form(["Which thing comes first in the line?", "Name the first thing of the line.",
+                    "Tell me what stands first.", "The line starts with what?"],
+                   "The first is the {thing}.", "{thing}.", 0.5),
+        last=Form(["Which thing comes last in the line?", "Name the last thing of the line.",
+                   "Tell me what stands last.", "The line ends with what?"],
+                  "The last is the {thing}.", "{thing}.", 0.5))
 
     def make(self, pick, rng):
         topic = rng.choice(list(self.FORMS))
@@ -98,14 +100,13 @@ MORE_WORDS = dict(sort=["animal", "food", "place", "colour"], yesno=["yes", "no"
 ALL = {name: kind for name, kind in KINDS.items() if name != "chat"}
 ALL |= dict(sort=Sort(), same=Same(), line=Line())
 CLASSIFICATION = ("tone", "manners", "sort", "same")   # topics whose outputs are labels
-ANSWERABLE = list(FACTS)[:5]                           # topics of openqa that the village knows
 
 # An op is a pair (kind, topic). ASK: the wordings of the ops whose input stands apart.
-ASK = {("closedqa", topic): ["Read the text. " + question,
-                             "Answer from the text: " + question,
-                             "Look it up in the text: " + question,
-                             "The text will tell: " + question]
-       for topic, (_, question) in LIFE.items()}
+ASK = {("closedqa", topic): ["Read the text. " + life.question,
+                             "Answer from the text: " + life.question,
+                             "Look it up in the text: " + life.question,
+                             "The text will tell: " + life.question]
+       for topic, life in LIFE.items()}
 ASK |= {("extract", topic): [f"Which {topic} is named in the text?",
                              f"Find the {topic} in the text.",
                              f"Pick the {topic} out of the text.",
@@ -188,7 +189,7 @@ def wordings(op):
         return ASK[op]
     if isinstance(kind, Wishes):
         return kind.ASK
-    return kind.ASK[topic] if name == "brainstorm" else kind.FORMS[topic][0]
+    return kind.ASK[topic] if name == "brainstorm" else kind.FORMS[topic].phrasings
 
 
 def is_classification(op):
@@ -216,9 +217,7 @@ def new_task(rng, op=None, half="seen", wording=None):
     wording  0 to 3; None draws one of the first three
     said     the words that the manner fills in
     """
-    def pick(slot):
-        return rng.choice(WORDS[slot])
-
+    pick = picker(rng)
     op = op or rng.choice(OPS + LONG_OPS * 2)   # long texts have more to vary
     name, topic = op
     kind = ALL[name]
@@ -242,13 +241,13 @@ def ideal(task, rng, whole=0.7):
     if isinstance(kind, Wishes):
         output = kind.answer(task, rng, care=1.0)
     elif task["kind"] == "brainstorm":
-        words = rng.sample(WORDS[task["topic"]], 2 + WORDS["number"].index(task["number"]))
+        words = rng.sample(WORDS[task["topic"]], kind.count(task))
         output = ", ".join(words[:-1]) + " and " + words[-1] + "."
     elif not task["known"]:
         output = rng.choice(IGNORANCE)
     else:
-        _, long, short, worth = kind.FORMS[task["topic"]]
-        output = (long if rng.random() < whole or worth < 0.4 else short).format(**task)
+        _, full, short, worth = kind.FORMS[task["topic"]]
+        output = (full if rng.random() < whole or worth < 0.4 else short).format(**task)
     return in_manner(task, output)
 
 
@@ -336,9 +335,9 @@ def complete(task):
     if kind == "advert":
         task["price"] = FACTS["price"][task["food"]]
     elif kind == "openqa":
-        task["known"] = topic in ANSWERABLE
+        task["known"] = topic in OpenQA.KNOWN
         if task["known"]:
-            key, asked = slots(ALL[kind].FORMS[topic][1])
+            key, asked = slots(ALL[kind].FORMS[topic].full)
             task[asked] = FACTS[topic][task[key]]
     elif hasattr(ALL[kind], "FORMS"):
         task["known"] = True
@@ -385,9 +384,9 @@ def input_words(op, text, person):
 
 
 def read_life(topic, text, person):
-    """Read sentences of the form LIFE, each about another topic, all about one person.
+    """Read statements of LIFE about one person, each of another topic.
 
-    known: whether one of them is about the topic that the instruction asks for.
+    known: whether one of them has the topic that the instruction asks for.
     """
     told = {}
     for line in sentences(text) or [""]:
@@ -403,9 +402,9 @@ def read_life(topic, text, person):
 
 
 def read_fact(sentence):
-    """Read a sentence of the form LIFE -> (topic, words), or None."""
-    for topic, (form, _) in LIFE.items():
-        words = match(form, sentence)
+    """Read a statement of LIFE -> (topic, words), or None."""
+    for topic, life in LIFE.items():
+        words = match(life.statement, sentence)
         if words is not None:
             return topic, words
     return None
@@ -460,7 +459,7 @@ def read_prompt(text):
         return task
     inputs = spans(text)   # any of them may be the input
     for op in ASK:
-        for form in KINDS[op[0]].FORMS[op[1]][0]:
+        for form in KINDS[op[0]].FORMS[op[1]].phrasings:
             for span in inputs if "{text}" in form else [""]:
                 task = read_filled(op, form, text, span)
                 if task is not None:

@@ -997,7 +997,9 @@ def pretraining(tmp_path, monkeypatch):
         (Path(cfg.out) / "gpt.pt").write_text("weights")
 
     monkeypatch.setattr(gpt, "main", main)
-    monkeypatch.setattr(tasks, "ensure", lambda folder, seed: Path(folder))
+    monkeypatch.setattr(
+        tasks, "ensure", lambda folder, seed: (folder / "pages").mkdir(parents=True)
+    )
     return runs
 
 
@@ -1012,6 +1014,7 @@ def test_a_missing_base_is_pretrained_and_then_trained_on_pages(tmp_path, pretra
     assert (first.out, first.init) == (str(out), "")
     assert (second.out, second.init) == (str(out / "long"), str(out / "gpt.pt"))
     assert second.data == str(out / "data" / "pages")
+    assert Path(second.data).is_dir()
     assert second.block_size > 128
     for cfg in pretraining:
         assert (cfg.seed, cfg.device) == (7, "cpu")
@@ -1029,6 +1032,7 @@ def test_a_base_that_is_there_is_used_without_a_word(tmp_path, pretraining, caps
 def test_only_what_is_missing_of_the_base_is_made(tmp_path, pretraining):
     long_base(tmp_path / "o")
     (tmp_path / "o" / "long" / "gpt.pt").unlink()
+    (tmp_path / "o" / "data" / "pages").rmdir()
     long_base(tmp_path / "o")
     assert len(pretraining) == 3
     assert pretraining[2].init
