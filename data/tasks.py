@@ -252,6 +252,7 @@ def ideal(task, rng, whole=0.7):
 
 
 def in_manner(task, output):
+    """Put an output into the task's manner."""
     if task["manner"] is None:
         return output
     return MANNERS[task["manner"]].form.format(output=output, **task["said"])
@@ -495,6 +496,7 @@ class Audit(NamedTuple):
 
 
 def audit(instruction, input, output):
+    """Check three strings -> Audit. input may be empty."""
     task = read_instruction(instruction)
     if task is None:
         return Audit(False, False, False)
