@@ -66,7 +66,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     """DPO's loss from the log-probs of whole responses, each (B,), in nats.
 
     Returns (mean loss, rewards of the chosen (B,), of the rejected (B,)), where a reward is
-    beta * (log pi - log pi_ref), detached.
+    beta * (log pi - log pi_ref), detached. Raises ValueError for another kind.
 
     kind "sigmoid" is DPO (2305.18290, eq. 7). With label_smoothing e it is cDPO,
     -(1-e) log sigmoid(m) - e log sigmoid(-m), flat where the margin m fits e wrong rankings.
@@ -78,9 +78,11 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     h = chosen - rejected
     if kind == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
-    else:
+    elif kind == "sigmoid":
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * h)
         losses = losses - label_smoothing * F.logsigmoid(-beta * h)
+    else:
+        raise ValueError(f"kind {kind!r}: choose sigmoid or ipo")
     return losses.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -213,8 +215,7 @@ def main(cfg):
         loss = global_mean(loss, len(batch))
         row = dpo_metrics(logprobs, ref_logprobs, loss, chosen, rejected)
         if cfg.nll:
-            nll = -(logprobs[0] / n_tokens[index[0]].to(device)).mean()
-            nll = global_mean(nll, len(batch))
+            nll = global_mean(-(logprobs[0] / n_tokens[index[0]].to(device)).mean(), len(batch))
             loss = loss + cfg.nll * nll
             row["nll_loss"] = nll.item()
         lr = lr_at(step, len(plan), cfg.lr)
@@ -223,7 +224,6 @@ def main(cfg):
         run.bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(plan):
             evaluate(step + 1)
-
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed,
                    beta=cfg.beta)
     run.finish()
