@@ -1,27 +1,37 @@
-"""Causal against bidirectional attention: the same blocks, the same text, two ways to look.
+"""Causal against bidirectional attention: the same blocks and the same text, two masks.
 
-Claim (Radford et al. 2018, Devlin et al. 2019, and every textbook since). A causal model (GPT) is better at saying what comes
-next, without further training; a bidirectional one (BERT) is better at filling a gap, because it sees both sides of it.
+Claim (Radford et al. 2018, Devlin et al. 2019, and every textbook since). A causal model (GPT)
+predicts better what comes next, without further training. A bidirectional model (BERT) fills a gap
+better, because it sees both sides of it.
 
-Two small GPTs start from the same weights and read the same tokens of OUT/data/pretrain. One predicts every next token and sees the
-left; the other sees everything, has 40% of the tokens hidden and guesses these (BERT's recipe: of the hidden 80% become a mask, 10% another
-token, 10% stay; but BERT hid 15%: with few tokens to read, more lessons from each are better, Wettig et al. 2202.08005).
-Then, on held-out documents, a word of the middle is to be found among all words of the vocabulary that documents have:
+Two small GPTs start from the same weights and read the same tokens of OUT/data/pretrain. The causal
+one predicts every next token from those to its left. The bidirectional one sees the whole document
+with 40% of the tokens hidden, and guesses these. As in BERT, 80% of the chosen tokens become a
+mask, 10% a random token, and 10% stay. BERT chose 15% of the tokens. With few tokens to read, a
+higher share teaches more (Wettig et al., 2202.08005).
 
-    gap, left side    causal: its prediction there, which cannot use the right side
-    gap, both sides   bidirectional: its guess at a mask, one pass. Causal: the word that makes the whole document likeliest, as many
-                      passes as there are words: the fair way to let a causal model see the right side
-    next              the document ends before the word. Causal: its prediction; bidirectional: its guess at a mask that ends the text
-    run               the next tokens one by one, greedily: how many of the document's next four come out right in a row
+The test takes a word in the middle of a held-out document. The models choose it among all words of
+the vocabulary that such documents contain:
+
+    gap, left side    causal: its prediction at the gap, which cannot use the right side
+    gap, both sides   bidirectional: its guess at a mask, in one pass
+                      causal: the word that makes the whole document likeliest, one pass per word,
+                      which is the fair way to let a causal model use the right side
+    next              the document ends before the word
+                      causal: its prediction; bidirectional: its guess at a mask that ends the text
+    run               the next four tokens, greedily: the share that is right before the first error
 
     python lab/attention.py                three seeds of both
     python lab/attention.py --steps 3000   three times as long
 
-Three minutes on one CPU core. Needs nothing but the village's texts, made on the first run. Read next: lab/rouge.py.
+Three minutes on one CPU core. Needs only the village's documents, which the first run makes.
+Read next: lab/rouge.py.
 """
-import random, sys
+import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 from data import corpus
+from lab.cot import spread
 
 
 @dataclass
@@ -45,11 +56,11 @@ class Config:
     lr: float = 4e-3
     "peak learning rate, the same for both"
     hide: float = 0.4
-    "share of the tokens that the bidirectional model has to guess; BERT hid 0.15, more teaches a small model faster"
+    "share of tokens that the bidirectional model must guess; BERT: 0.15, more teaches a small model faster"
     n: int = 200
     "held-out documents"
     seeds: int = 3
-    "repetitions: initial weights, order of the texts and held-out words; the table has mean and range"
+    "repetitions: initial weights, order of the documents and held-out words; the table has mean and range"
     seed: int = 0
     "first seed"
     device: str = "auto"
@@ -57,145 +68,224 @@ class Config:
 
 
 T = 64                                      # context of both; longer documents are cut into windows
+RUN = 4                                     # tokens of the task "run"
+MODELS = {"causal": True, "bidirectional": False}
+TASKS = ("gap, left side", "gap, both sides", "next", "run")
 
 
 def hidden(model, ids, segments, causal):
-    """(B, T) -> (B, T, C): the states of a GPT whose attention looks to the left, or, not causal, to both sides of its segment."""
+    """Return the states after the last LayerNorm: (B, T) -> (B, T, C).
+
+    Without `causal`, every token attends to its whole segment, to the right as well.
+    """
     if causal:
         return model.hidden(ids, segments=segments)
-    fresh = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))                                    # (B, T)
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    positions = positions - (positions * fresh).cummax(1).values                                  # (B, T)
-    x = model.wte(ids) + model.wpe(positions)                                                     # (B, T, C)
-    mask = (segments[:, :, None] == segments[:, None, :])[:, None]                                # (B, 1, T, T), no tril
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))                # (B, T)
+    positions = torch.arange(ids.shape[1], device=ids.device)                  # (T,)
+    positions = positions - (positions * starts).cummax(1).values              # (B, T)
+    mask = (segments[:, :, None] == segments[:, None, :])[:, None]             # (B, 1, T, T)
+    x = model.wte(ids) + model.wpe(positions)                                  # (B, T, C)
     for block in model.h:
         x = block(x, mask=mask)
     return model.ln_f(x)
 
 
 def logits_of(model, ids, causal):
-    """One text per row, no padding: (B, T) -> (B, T, V)."""
+    """(B, T) -> (B, T, V) for one document per row, without padding."""
     return F.linear(hidden(model, ids, torch.ones_like(ids), causal), model.wte.weight)
 
 
 def hide_tokens(ids, real, share, mask_id, V, rng):
-    """-> (ids with some hidden, where): of the chosen tokens 80% become mask_id, 10% any token, 10% stay. Devlin et al., 3.1."""
-    chosen = (torch.rand(ids.shape, generator=rng) < share) & real                                # (B, T)
-    fate = torch.rand(ids.shape, generator=rng)
-    anything = torch.randint(0, V, ids.shape, generator=rng)
-    shown = torch.where(chosen & (fate < 0.8), torch.full_like(ids, mask_id), ids)
-    return torch.where(chosen & (fate >= 0.9), anything, shown), chosen
+    """Choose a share of the real tokens and hide most of them: return (ids as shown, chosen).
+
+    All tensors are (B, T). Of the chosen tokens, 80% become mask_id, 10% become a random token
+    below V, and 10% stay. Devlin et al. (2019), section 3.1.
+    """
+    chosen = (torch.rand(ids.shape, generator=rng) < share) & real             # (B, T)
+    u = torch.rand(ids.shape, generator=rng)                                   # (B, T)
+    random_ids = torch.randint(0, V, ids.shape, generator=rng)                 # (B, T)
+    shown = torch.where(chosen & (u < 0.8), torch.full_like(ids, mask_id), ids)
+    return torch.where(chosen & (u >= 0.9), random_ids, shown), chosen
+
+
+def masked_lm_loss(model, ids, segments, shown, chosen):
+    """Return the cross-entropy of the chosen tokens of packed rows, all (B, T), seen as `shown`."""
+    device = model.wte.weight.device
+    states = hidden(model, shown.to(device), segments.to(device), causal=False)    # (B, T, C)
+    logits = F.linear(states[chosen.to(device)], model.wte.weight)                 # (N, V)
+    return F.cross_entropy(logits.float(), ids[chosen].to(device))
 
 
 def train(causal, sources, enc, cfg, seed, device):
-    """A GPT after cfg.steps steps of next-token prediction, or of guessing hidden tokens."""
+    """Return a GPT after cfg.steps steps of next-token prediction, or of guessing hidden tokens."""
     torch.manual_seed(seed)
     model = gpt.GPT(gpt.GPTConfig(enc.n_vocab, T, 2, 4, cfg.n_embd)).to(device)
-    optimizer, odds, rng = gpt.adamw(model, cfg.lr, 0.01), gpt.document_odds(sources, T), random.Random(seed)
-    masks, mask_id = torch.Generator().manual_seed(seed), enc._special_tokens["<|system|>"]        # no text of the village has it
-    for step in (bar := tqdm(range(cfg.steps), desc=f"{'causal' if causal else 'bidirectional'}, seed {seed}", mininterval=1)):
-        ids, segments = gpt.pack(gpt.draw_documents(sources, odds, cfg.batch_tokens, T, rng)[0], T)    # (B, T) each
+    optimizer = gpt.adamw(model, cfg.lr, 0.01)
+    odds = gpt.document_odds(sources, T)
+    rng = random.Random(seed)
+    mask_rng = torch.Generator().manual_seed(seed)
+    mask_id = mask_token(enc)
+    name = "causal" if causal else "bidirectional"
+    bar = tqdm(range(cfg.steps), desc=f"{name}, seed {seed}", mininterval=1)
+    for step in bar:
+        documents, _ = gpt.draw_documents(sources, odds, cfg.batch_tokens, T, rng)
+        ids, segments = gpt.pack(documents, T)                                 # (B, T) each
         if causal:
             loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
         else:
-            shown, chosen = hide_tokens(ids, segments > 0, cfg.hide, mask_id, len(enc._mergeable_ranks), masks)
-            states = hidden(model, shown.to(device), segments.to(device), False)[chosen.to(device)]    # (N, C)
-            loss = F.cross_entropy(F.linear(states, model.wte.weight).float(), ids[chosen].to(device))
+            n_words = len(enc._mergeable_ranks)
+            shown, chosen = hide_tokens(ids, segments > 0, cfg.hide, mask_id, n_words, mask_rng)
+            loss = masked_lm_loss(model, ids, segments, shown, chosen)
         gpt.take_step(loss, optimizer, model, gpt.lr_at(step, cfg.steps, cfg.lr))
         bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
 
 
+def mask_token(enc):
+    """Return the id that stands for a hidden token: no document of the village has <|system|>."""
+    return enc._special_tokens["<|system|>"]
+
+
 def is_word(enc, token):
+    """Return whether a token is a whole word: a space and two or more letters."""
     text = enc.decode_single_token_bytes(token)
     return text[:1] == b" " and len(text) >= 3 and text[1:].isalpha()
 
 
-def questions(sources, enc, n, rng):
-    """-> [(ids of a held-out document, the place of a word in its middle third)], and all word tokens that documents have there."""
-    asked, candidates = [], set()
-    names, odds = list(sources), gpt.document_odds(sources, T)
-    while len(asked) < n:
-        document = rng.choice(sources[rng.choices(names, odds)[0]][1])[:T].tolist()
-        places = [t for t in range(len(document) // 3, len(document) - 5) if t <= 2 * len(document) // 3 and is_word(enc, document[t])]
-        candidates |= {i for i in document if is_word(enc, i)}
+class Gap(NamedTuple):
+    """A held-out document (a list of ids) and the position of the word to find."""
+    document: list
+    place: int
+
+
+def draw_gaps(sources, enc, n, rng):
+    """Return n Gaps in the middle thirds of held-out documents, and the words to choose from.
+
+    The choice is all words of all documents drawn, as sorted ids.
+    """
+    gaps = []
+    candidates = set()
+    names = list(sources)
+    odds = gpt.document_odds(sources, T)
+    while len(gaps) < n:
+        name = rng.choices(names, odds)[0]
+        document = rng.choice(sources[name][1])[:T].tolist()
+        words = [t for t, token in enumerate(document) if is_word(enc, token)]
+        candidates |= {document[t] for t in words}
+        first = len(document) // 3
+        last = min(2 * len(document) // 3, len(document) - RUN - 2)
+        places = [t for t in words if first <= t <= last]
         if places and places[0] > 0:
-            asked.append((document, rng.choice(places)))
-    return asked, sorted(candidates)
+            gaps.append(Gap(document, rng.choice(places)))
+    return gaps, sorted(candidates)
 
 
 @torch.no_grad()
 def best_fit(model, ids, place, candidates):
-    """The candidate that makes a causal model's likelihood of the whole text largest when it stands at `place`."""
-    rows = ids.repeat(len(candidates), 1)                                     # (K, T)
+    """Return the candidate that makes the whole document (1, T) likeliest for a causal model."""
+    rows = ids.repeat(len(candidates), 1)                                      # (K, T)
     rows[:, place] = torch.tensor(candidates, device=ids.device)
-    return candidates[torch.cat([gpt.token_logprobs(model, r).sum(1) for r in rows.split(64)]).argmax()]
+    logprobs = [gpt.token_logprobs(model, part).sum(1) for part in rows.split(64)]
+    return candidates[torch.cat(logprobs).argmax()]
+
+
+def next_logits(model, causal, prefix, mask_id):
+    """Return the logits (V,) of the token after a prefix.
+
+    A bidirectional model reads them at a mask that ends the prefix.
+    """
+    ids = prefix if causal else prefix + [mask_id]
+    return logits_of(model, torch.tensor([ids], device=model.wte.weight.device), causal)[0, -1]
+
+
+def guesses(model, causal, gap, candidates, mask_id):
+    """Return {task: the model's choice among the candidates} for every task except "run"."""
+    def choose(logits):
+        return candidates[logits[candidates].argmax()]
+
+    ids = torch.tensor([gap.document], device=model.wte.weight.device)         # (1, T)
+    next_word = choose(next_logits(model, causal, gap.document[:gap.place], mask_id))
+    if causal:
+        both_sides = best_fit(model, ids, gap.place, candidates)
+        return {"gap, left side": next_word, "next": next_word, "gap, both sides": both_sides}
+    ids[0, gap.place] = mask_id
+    both_sides = choose(logits_of(model, ids, causal)[0, gap.place])
+    return {"gap, both sides": both_sides, "next": next_word}
+
+
+def run_score(model, causal, gap, mask_id):
+    """Generate RUN tokens greedily; return the share of them before the first error."""
+    ids = gap.document[:gap.place]
+    for n, target in enumerate(gap.document[gap.place:gap.place + RUN]):
+        token = next_logits(model, causal, ids, mask_id).argmax().item()
+        if token != target:
+            return n / RUN
+        ids.append(token)
+    return 1.0
 
 
 @torch.no_grad()
-def answers(model, causal, asked, candidates, mask_id):
-    """-> {task: share right}. Every answer is a word of the candidates, but for the run, which may be any token."""
-    device, right = model.wte.weight.device, {}
-
-    def guess(logits):
-        return candidates[logits[candidates].argmax()]
-
-    for document, place in asked:
-        ids, word = torch.tensor([document], device=device), document[place]
-        prefix, rest = document[:place], document[place:place + 4]
-        hints = {}
-        if causal:
-            hints["gap, left side"] = hints["next"] = guess(logits_of(model, ids[:, :place], True)[0, -1])
-            hints["gap, both sides"] = best_fit(model, ids, place, candidates)
-        else:
-            gap = ids.clone()
-            gap[0, place] = mask_id
-            hints["gap, both sides"] = guess(logits_of(model, gap, False)[0, place])
-            hints["next"] = guess(logits_of(model, torch.tensor([prefix + [mask_id]], device=device), False)[0, -1])
-        for task, found in hints.items():
-            right[task] = right.get(task, 0) + (found == word)
-        said = []
-        for _ in rest:
-            text = prefix + said + ([] if causal else [mask_id])
-            said.append(logits_of(model, torch.tensor([text], device=device), causal)[0, -1].argmax().item())
-        right["run"] = right.get("run", 0) + next((i for i, (a, b) in enumerate(zip(said, rest)) if a != b), len(rest)) / len(rest)
-    return {task: n / len(asked) for task, n in right.items()}
+def measure(model, causal, gaps, candidates, mask_id):
+    """Return {task: share right} over the Gaps."""
+    right = {}
+    for gap in gaps:
+        word = gap.document[gap.place]
+        for task, guess in guesses(model, causal, gap, candidates, mask_id).items():
+            right[task] = right.get(task, 0) + (guess == word)
+        right["run"] = right.get("run", 0) + run_score(model, causal, gap, mask_id)
+    return {task: n / len(gaps) for task, n in right.items()}
 
 
 def verdict(runs):
-    """Both halves of the claim, each put to the numbers of all seeds."""
-    def ahead(one, task, other, other_task):
-        return all(r[one][task] > r[other][other_task] for r in runs)
+    """Judge both halves of the claim in one sentence; each must be true for every seed."""
+    def ahead(model, task, other, other_task):
+        return all(r[model][task] > r[other][other_task] for r in runs)
 
-    def says(true):
+    def holds(true):
         return "holds" if true else "does not hold"
-    gap = "gap, both sides"
-    later = ahead("causal", "next", "bidirectional", "next") and ahead("causal", "run", "bidirectional", "run")
-    left, both = ahead("bidirectional", gap, "causal", "gap, left side"), ahead("bidirectional", gap, "causal", gap)
-    return (f"The claim {says(later)} here for what comes next, and {says(left)} here for the gap in one pass; against a causal model that "
-            f"tries every word in the whole document it {says(both)}.")
+
+    later = (ahead("causal", "next", "bidirectional", "next")
+             and ahead("causal", "run", "bidirectional", "run"))
+    one_pass = ahead("bidirectional", "gap, both sides", "causal", "gap, left side")
+    all_words = ahead("bidirectional", "gap, both sides", "causal", "gap, both sides")
+    return (f"The claim {holds(later)} here for what comes next, and {holds(one_pass)} here for "
+            f"the gap in one pass; against a causal model that tries every word in the whole "
+            f"document it {holds(all_words)}.")
+
+
+def print_table(runs):
+    print(f"{'share right':20}" + "".join(f"{name:>24}" for name in MODELS))
+    for task in TASKS:
+        cells = []
+        for name in MODELS:
+            values = [r[name][task] for r in runs if task in r[name]]
+            cells.append(spread(values, 3) if values else "-")
+        print(f"{task:20}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def main(cfg):
     gpt.require(cfg, 1, "steps", "batch_tokens", "n_embd", "n", "seeds")
     gpt.require(cfg, 0, "lr", most=10)
     gpt.require(cfg, 0.01, "hide", most=1)
-    device, out, enc = gpt.pick_device(cfg.device), gpt.run_folder(cfg.out), gpt.get_tokenizer()
-    sources = gpt.read_corpus(corpus.ensure(out / "data", cfg.seed) / "pretrain", enc, T, gpt.Config.val_fraction)
+    device = gpt.pick_device(cfg.device)
+    out = gpt.run_folder(cfg.out)
+    enc = gpt.get_tokenizer()
+    folder = corpus.ensure(out / "data", cfg.seed) / "pretrain"
+    sources = gpt.read_corpus(folder, enc, T, gpt.Config.val_fraction)
     runs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         gpt.set_seed(seed)
-        asked, candidates = questions(sources, enc, cfg.n, random.Random(seed))
-        runs.append({})
-        for name, causal in (("causal", True), ("bidirectional", False)):
+        gaps, candidates = draw_gaps(sources, enc, cfg.n, random.Random(seed))
+        run = {}
+        for name, causal in MODELS.items():
             model = train(causal, sources, enc, cfg, seed, device)
-            runs[-1][name] = answers(model, causal, asked, candidates, enc._special_tokens["<|system|>"])
-        gpt.log_metrics(out / "lab-attention.jsonl", seed=seed, steps=cfg.steps, words=len(candidates), **runs[-1])
-    print(f"{cfg.n} held-out documents, {len(candidates)} words to choose from, {cfg.steps * cfg.batch_tokens:,} tokens each, {cfg.seeds} seeds\n"
-          f"{'share right':20}{'causal':>24}{'bidirectional':>24}")
-    for task in ("gap, left side", "gap, both sides", "next", "run"):
-        cells = [[r[name][task] for r in runs if task in r[name]] for name in ("causal", "bidirectional")]
-        print(f"{task:20}" + "".join(f"{f'{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})' if c else '-':>24}" for c in cells))
+            run[name] = measure(model, causal, gaps, candidates, mask_token(enc))
+        runs.append(run)
+        gpt.log_metrics(out / "lab-attention.jsonl", seed=seed, steps=cfg.steps,
+                        words=len(candidates), **run)
+    print(f"{cfg.n} held-out documents, {len(candidates)} words to choose from, "
+          f"{cfg.steps * cfg.batch_tokens:,} tokens each, {cfg.seeds} seeds")
+    print_table(runs)
     print(verdict(runs))
 
 

@@ -1,54 +1,62 @@
-"""Chain of thought: does a model add up better when its demonstrations show the steps?
+"""Chain of thought: does a model add better when its demonstrations show the steps?
 
-Claim (Wei et al. 2022; Chung et al. 2022, FLAN). A few demonstrations with worked steps among many others improve the
-answers to questions of several steps, and leave the other tasks as good as they were.
+Claim (Wei et al. 2022; Chung et al. 2022, FLAN). A few demonstrations with worked steps, mixed into
+many others, improve the responses that need several steps, and the other tasks stay as good as they
+were.
 
-A model spends the same work on every token. An answer that is one number must be had in two layers; steps are tokens, each
-of which is easy given those before it:
+A model does the same amount of work for every token. If the response is one number, the two layers
+must find it at once. Steps are tokens too, and each of them is easy given those before it:
 
     What do cake, milk and tea cost?       with steps    cake 9. milk 1, 10. tea 2, 12. So 12.
                                            without       12.
 
-Four copies of OUT/gpt.pt read the same demonstrations of the usual tasks, mixed with sums of two to four prices:
+Four copies of OUT/gpt.pt are tuned on the same demonstrations of the usual tasks, mixed with sums
+of two to four prices:
 
-    steps           sums with steps, TOKENS tokens of them
-    answers         sums without, the same number of tokens: more sums are seen, because each is shorter
-    answers, same n sums without, as many sums as with steps: fewer tokens
-    no sums         the usual demonstrations alone
+    steps                    sums with steps, TOKENS tokens of them
+    no steps, same tokens    sums without steps: more sums, because each is shorter
+    no steps, same number    sums without steps, as many as with steps: fewer tokens
+    no sums                  the usual demonstrations alone
 
-The sums are tested on sets of foods that no training sum had in any order; the usual tasks by their gold grade.
+The test sums use sets of foods that no training sum has in any order. The usual tasks are measured
+by their gold grade.
 
     python lab/cot.py                      three seeds, each with its own held-out sets
     python lab/cot.py --seeds 1            a first look
 
-Four minutes on two CPU cores. Needs OUT/gpt.pt, and pretrains it first when it is missing. Read next: lab/icl.py.
+Four minutes on two CPU cores. Needs OUT/gpt.pt and trains it first if it is missing.
+Read next: lab/icl.py.
 """
-import random, sys
+import math
+import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt, sft
-from data import village
+import gpt
+import sft
+from data import corpus, village
 from run import announce
 
 
 @dataclass
 class Config:
     out: str = "out"
-    "folder of the run; its gpt.pt is where every copy starts"
+    "folder of the run; every copy starts from its gpt.pt"
     tokens: int = 150_000
-    "tokens of sums that are read in one epoch"
+    "tokens of sums in one epoch"
     demos: int = 2000
     "demonstrations of the usual tasks among them"
     epochs: int = 2
     "passes over both"
     lr: float = 2e-3
-    "peak learning rate, cosine to a tenth; arithmetic is new to the model and wants more than sft.py's"
+    "peak learning rate, cosine to a tenth; arithmetic is new to the model and needs more than sft.py's"
     batch_tokens: int = 512
-    "tokens per step, padding included; sums are learned by many small steps"
+    "tokens per step, padding included; sums are learned best in many small steps"
     n: int = 200
-    "held-out sums of each size to answer, and validation prompts of the usual tasks"
+    "held-out sums in all"
     seeds: int = 3
     "repetitions, each with its own sums, held-out sets and order; the table has mean and range"
     seed: int = 0
@@ -58,133 +66,209 @@ class Config:
 
 
 PRICE = {food: int(price) for food, price in village.FACTS["price"].items()}
-SIZES = (2, 3, 4)   # foods of a sum
-RUNS = dict(steps="steps", answers="answers, same tokens", same="answers, same number", none="no sums")
+SIZES = (2, 3, 4)                           # foods in a sum
+VARIANTS = {
+    "steps": "steps",
+    "answers": "no steps, same tokens",
+    "same": "no steps, same number",
+    "none": "no sums",
+}
+
+
+class Sum(NamedTuple):
+    """A problem: what do these foods cost together?"""
+    foods: list
+    prompt: str
+    steps: str
+    total: int
 
 
 def make_sum(rng, size):
-    """-> {"foods", "question", "steps", "total"}: what `size` different foods cost together, everybody knows what each costs."""
+    """Return the Sum of `size` different foods; everybody in the village knows their prices."""
     foods = rng.sample(list(PRICE), size)
-    total, steps = PRICE[foods[0]], [f"{foods[0]} {PRICE[foods[0]]}."]
+    total = PRICE[foods[0]]
+    steps = [f"{foods[0]} {total}."]
     for food in foods[1:]:
         total += PRICE[food]
         steps.append(f"{food} {PRICE[food]}, {total}.")
-    question = f"What do {', '.join(foods[:-1])} and {foods[-1]} cost?"
-    return dict(foods=foods, question=question, steps=" ".join(steps), total=total)
+    prompt = f"What do {', '.join(foods[:-1])} and {foods[-1]} cost?"
+    return Sum(foods, prompt, " ".join(steps), total)
 
 
 def held_out(foods, seed, share=0.2):
-    """Whether this set of foods, in whatever order, is kept for the test."""
+    """Return whether this set of foods, in any order, is kept for the test."""
     return random.Random(f"{seed} {sorted(foods)}").random() < share
 
 
 def draw_sum(rng, size, seed, test):
+    """Draw sums until one is held out (test=True) or is not (test=False)."""
     while True:
-        found = make_sum(rng, size)
-        if held_out(found["foods"], seed) == test:
-            return found
+        problem = make_sum(rng, size)
+        if held_out(problem.foods, seed) == test:
+            return problem
 
 
-def chat_of(task, steps):
-    answer = f"{task['steps']} So {task['total']}." if steps else f"{task['total']}."
-    return [{"role": "user", "content": task["question"]}, {"role": "assistant", "content": answer}]
+def chat_of(problem, steps):
+    """Return a Sum as a chat of one turn each, with or without the steps in its response."""
+    response = f"{problem.steps} So {problem.total}." if steps else f"{problem.total}."
+    return [{"role": "user", "content": problem.prompt},
+            {"role": "assistant", "content": response}]
 
 
-def final_number(answer):
-    """The last word of an answer as a number, or None: with steps or without, that is what counts."""
-    word = answer.strip().removesuffix(".").split(" ")[-1]
+def final_number(response):
+    """Return the last word of a response as a number, or None if it is not one."""
+    word = response.strip().removesuffix(".").split(" ")[-1]
     return int(word) if word.isascii() and word.isdigit() else None
 
 
-def size_of(chats, enc):
-    return sum(len(sft.render(c["messages"], enc)[0]) for c in chats)
+def count_tokens(chats, enc):
+    return sum(len(sft.render(chat["messages"], enc)[0]) for chat in chats)
 
 
-def training_sums(enc, seed, steps, tokens=None, n=None):
-    """Chats until they make `tokens` tokens, or n of them. Of one seed all runs draw the same sums, one longer than the other."""
-    rng, chats, used = random.Random(seed), [], 0
-    while (used < tokens) if n is None else (len(chats) < n):
-        chats.append({"messages": chat_of(draw_sum(rng, rng.choice(SIZES), seed, test=False), steps)})
-        used += size_of(chats[-1:], enc)
+def training_sums(enc, seed, steps, tokens=math.inf, n=math.inf):
+    """Draw chats until they have `tokens` tokens in all, or until there are n of them.
+
+    The same seed draws the same sums, with or without steps. Only the number of sums differs.
+    """
+    rng = random.Random(seed)
+    chats = []
+    used = 0
+    while used < tokens and len(chats) < n:
+        problem = draw_sum(rng, rng.choice(SIZES), seed, test=False)
+        chats.append({"messages": chat_of(problem, steps)})
+        used += count_tokens(chats[-1:], enc)
     return chats
 
 
+def all_training_sums(enc, seed, tokens):
+    """Return {variant: training sums as chats}."""
+    steps = training_sums(enc, seed, steps=True, tokens=tokens)
+    return {
+        "steps": steps,
+        "answers": training_sums(enc, seed, steps=False, tokens=tokens),
+        "same": training_sums(enc, seed, steps=False, n=len(steps)),
+        "none": [],
+    }
+
+
 def base_model(cfg, name="gpt.pt"):
-    """OUT/gpt.pt or OUT/sft.pt, made first when it is missing. -> a function that loads a fresh copy: (model, tokenizer)."""
-    out, stage = gpt.run_folder(cfg.out), {"gpt.pt": gpt, "sft.pt": sft}[name]
-    if not (out / name).exists():
-        announce(out / name, "training it", False)
+    """Train OUT/gpt.pt or OUT/sft.pt if it is missing; return a function that loads a fresh copy.
+
+    The function returns (model, tokenizer).
+    """
+    path = gpt.run_folder(cfg.out) / name
+    stage = {"gpt.pt": gpt, "sft.pt": sft}[name]
+    if not path.exists():
+        announce(path, "training it", False)
         stage.main(stage.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
-    return lambda: gpt.load_model(out / name, gpt.pick_device(cfg.device))[:2]
+    return lambda: gpt.load_model(path, gpt.pick_device(cfg.device))[:2]
+
+
+def mean(values):
+    return sum(values) / len(values)
 
 
 def spread(values, digits=2):
-    """'mean (lowest..highest)' of the repetitions."""
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f}" + (f" ({min(values):.{digits}f}..{max(values):.{digits}f})" if len(values) > 1 else "")
+    """Format the mean and the range over seeds: '0.30 (0.10..0.50)'."""
+    text = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f}..{max(values):.{digits}f})"
+    return text
+
+
+def respond(model, enc, problems):
+    """Return greedy responses to the prompts of Sums."""
+    prompts = [chat_of(problem, steps=False)[:1] for problem in problems]
+    return sft.reply(model, enc, prompts, 48, temperature=0)
+
+
+def are_right(problems, responses):
+    """Return for each Sum whether its response ends with the right total."""
+    return [final_number(response) == problem.total
+            for problem, response in zip(problems, responses)]
+
+
+def measure(model, enc, seen, new, usual, val_examples, seed):
+    """Return a row of results.
+
+    seen, new: Sums of training and of held-out sets. usual: records with the prompts of the usual
+    tasks. val_examples: tokenized demonstrations of those tasks.
+    """
+    row = {"seen_sums": mean(are_right(seen, respond(model, enc, seen)))}
+    responses = respond(model, enc, new)
+    right = are_right(new, responses)
+    row["new_sums"] = mean(right)
+    for size in SIZES:
+        row[f"new_of_{size}"] = mean([r for p, r in zip(new, right) if len(p.foods) == size])
+    usual_responses = sft.reply(model, enc, [r["prompt"] for r in usual], 64, seed=seed)
+    row["gold"] = mean([village.gold(r["task"], x) for r, x in zip(usual, usual_responses)])
+    row["loss"] = sft.evaluate(model, val_examples, model.wte.weight.device)
+    row["sample"] = f"{new[-1].prompt} {responses[-1]}"
+    return row
 
 
 def verdict(rows, gain=0.10, harm=0.05):
-    """One sentence from the rows of all seeds: steps must win `gain` of accuracy at equal tokens in every seed, and the usual
-    tasks must lose no more than `harm` of gold, on average, against the run that saw no sums."""
-    by = {(r["run"], r["seed"]): r for r in rows}
+    """Judge the claim from the rows of all seeds, in one sentence.
+
+    Steps must win `gain` of accuracy at equal tokens in every seed. The usual tasks must lose no
+    more than `harm` of gold, on average, against the copy that saw no sums.
+    """
+    of = {(r["run"], r["seed"]): r for r in rows}
     seeds = sorted({r["seed"] for r in rows})
-    gains = [by["steps", s]["new_sums"] - by["answers", s]["new_sums"] for s in seeds]
-    change = sum(by["steps", s]["gold"] - by["none", s]["gold"] for s in seeds) / len(seeds)
-    held = "holds" if min(gains) >= gain and change >= -harm else "does not hold"
-    mean = sum(gains) / len(gains)
-    return (f"the claim {held} here: at equal tokens steps change the accuracy on new sums by {100 * mean:+.0f} points "
-            f"(worst seed {100 * min(gains):+.0f}; wanted {100 * gain:+.0f}), and the gold "
-            f"grade of the usual tasks by {change:+.2f} against no sums at all (allowed {-harm:+.2f})")
+    gains = [of["steps", s]["new_sums"] - of["answers", s]["new_sums"] for s in seeds]
+    change = mean([of["steps", s]["gold"] - of["none", s]["gold"] for s in seeds])
+    holds = min(gains) >= gain and change >= -harm
+    return (f"the claim {'holds' if holds else 'does not hold'} here: at equal tokens, steps "
+            f"change the accuracy on new sums by {100 * mean(gains):+.0f} points (worst seed "
+            f"{100 * min(gains):+.0f}; wanted {100 * gain:+.0f}), and the gold grade of the usual "
+            f"tasks by {change:+.2f} against no sums at all (allowed {-harm:+.2f})")
 
 
-def accuracy(model, enc, tasks):
-    answers = sft.reply(model, enc, [chat_of(t, False)[:1] for t in tasks], 48, temperature=0)
-    return sum(final_number(a) == t["total"] for t, a in zip(tasks, answers)) / len(tasks), answers
+def print_table(rows):
+    columns = ("seen_sums", "new_sums", *(f"new_of_{size}" for size in SIZES), "gold", "loss")
+    print(f"\n{'':22} {'sums':>6} {'tokens':>8}  " + "".join(f"{c:21}" for c in columns))
+    for name, title in VARIANTS.items():
+        variant = [r for r in rows if r["run"] == name]
+        cells = "".join(f"{spread([r[c] for r in variant]):21}" for c in columns)
+        print(f"{title:22} {variant[0]['sums']:6,} {variant[0]['tokens']:8,}  {cells}")
+    print()
+    for row in rows[-len(VARIANTS):]:
+        print(f"{VARIANTS[row['run']]:22} {row['sample']}")
 
 
 def main(cfg):
     gpt.require(cfg, 1, "tokens", "demos", "epochs", "batch_tokens", "n", "seeds")
     gpt.require(cfg, 0, "lr", most=10)
-    load, log = base_model(cfg), Path(cfg.out) / "lab-cot.jsonl"
-    folder, rows = sft.village_data(cfg.out, cfg.seed), []
-    usual = sft.load_chats(folder / "sft_train.jsonl")
-    kept = sft.load_chats(folder / "sft_val.jsonl")
-    prompts = [r for _, r in sft.read_records(folder / "prompts_val.jsonl")]
+    load = base_model(cfg)
+    model, enc = load()
+    T = model.config.block_size
+    folder = corpus.ensure(Path(cfg.out) / "data", cfg.seed)
+    demos = sft.load_chats(folder / "sft_train.jsonl")
+    val_examples = sft.tokenize(sft.load_chats(folder / "sft_val.jsonl"), enc, T)
+    usual = [record for _, record in sft.read_records(folder / "prompts_val.jsonl")]
+    rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         rng = random.Random(seed)
-        demos = rng.sample(usual, min(cfg.demos, len(usual)))
+        chosen = rng.sample(demos, min(cfg.demos, len(demos)))
         sizes = [size for size in SIZES for _ in range(cfg.n // 3 + 1)]
-        new, seen = ([draw_sum(rng, size, seed, test) for size in sizes] for test in (True, False))
-        n_steps = None
-        for run in RUNS:
+        new = [draw_sum(rng, size, seed, test=True) for size in sizes]
+        seen = [draw_sum(rng, size, seed, test=False) for size in sizes]
+        sums = all_training_sums(enc, seed, cfg.tokens)
+        for name, title in VARIANTS.items():
             gpt.set_seed(seed)
-            model, enc = load()
-            n = dict(none=0, same=n_steps).get(run)
-            sums = training_sums(enc, seed, run == "steps", cfg.tokens, n)
-            n_steps = n_steps or len(sums)
-            examples = sft.tokenize(sums + demos, enc, model.config.block_size)
-            for epoch in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "cot"):
-                print(f"seed {seed}, {RUNS[run]}: {len(sums):,} sums, epoch {epoch} done", flush=True)
-            row = dict(run=run, seed=seed, sums=len(sums), tokens=cfg.epochs * size_of(sums + demos, enc))
-            row["seen_sums"] = accuracy(model, enc, seen)[0]
-            row["new_sums"], answers = accuracy(model, enc, new)
-            for size in SIZES:
-                right = [final_number(a) == t["total"] for t, a in zip(new, answers) if len(t["foods"]) == size]
-                row[f"new_of_{size}"] = sum(right) / len(right)
-            said = sft.reply(model, enc, [r["prompt"] for r in prompts], 64, seed=seed)
-            row["gold"] = sum(village.gold(r["task"], a) for r, a in zip(prompts, said)) / len(prompts)
-            row["loss"] = sft.evaluate(model, sft.tokenize(kept, enc, model.config.block_size), model.wte.weight.device)
-            row["sample"] = f"{new[-1]['question']} {answers[-1]}"
+            model, _ = load()
+            chats = sums[name] + chosen
+            examples = sft.tokenize(chats, enc, T)
+            tuning = sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "cot")
+            for epoch in tuning:
+                print(f"seed {seed}, {title}: epoch {epoch} done", flush=True)
+            n_tokens = cfg.epochs * count_tokens(chats, enc)
+            row = {"run": name, "seed": seed, "sums": len(sums[name]), "tokens": n_tokens}
+            row |= measure(model, enc, seen, new, usual, val_examples, seed)
             rows.append(row)
-            gpt.log_metrics(log, fresh=len(rows) == 1, **row)
-    columns = ("seen_sums", "new_sums", *(f"new_of_{size}" for size in SIZES), "gold", "loss")
-    print(f"\n{'':21} {'sums':>6} {'tokens':>8}  " + "".join(f"{c:19}" for c in columns))
-    for run, name in RUNS.items():
-        mine = [r for r in rows if r["run"] == run]
-        cells = (spread([r[c] for r in mine]) for c in columns)
-        print(f"{name:21} {mine[0]['sums']:6,} {mine[0]['tokens']:8,}  " + "".join(f"{c:19}" for c in cells))
-    print("".join(f"\n{RUNS[r['run']]:21} {r['sample']}" for r in rows[-4:]) + f"\n\n{verdict(rows)}")
+            gpt.log_metrics(Path(cfg.out) / "lab-cot.jsonl", fresh=len(rows) == 1, **row)
+    print_table(rows)
+    print(f"\n{verdict(rows)}")
 
 
 if __name__ == "__main__":

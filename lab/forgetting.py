@@ -1,81 +1,117 @@
-"""Forgetting: what does a model lose that is tuned on one task, and for too long?
+"""Forgetting: what does a model lose when it is tuned on a single task, and for too long?
 
-Claim (the usual advice on prompt tuning and fine-tuning). Tune on many tasks at once and for few epochs. Tuned on one task
-alone the model does that task better and all others worse, and the longer, the worse.
+Claim (the usual advice on fine-tuning). Tune on many tasks at once and for few epochs. A model that
+is tuned on one task alone gets better at it and worse at all others, and more epochs make the
+others worse still.
 
-Two copies of OUT/sft.pt read the same number of tokens of school-like demonstrations (each has full marks):
+Two copies of OUT/sft.pt read the same number of tokens of perfect demonstrations (gold 1):
 
     one task        demonstrations of --task alone
-    all tasks       demonstrations of every use case, that one among them
+    all tasks       demonstrations of every use case, --task included
 
-After some epochs each is asked new questions of that task and of all others, and reads held-out pretraining text.
+After some of the epochs each copy responds to new prompts of that task and of all others, and reads
+held-out pretraining text.
 
     python lab/forgetting.py                        three seeds
-    python lab/forgetting.py --task classify        another task: open_qa, closed_qa, extract, summary, rewrite, other, ...
+    python lab/forgetting.py --task classify        another task; a wrong name lists them all
 
-Two minutes on two CPU cores. Needs OUT/sft.pt, and trains it first when it is missing. Read next: ../reward.py.
+Two minutes on two CPU cores. Needs OUT/sft.pt and trains it first if it is missing.
+Read next: ../reward.py.
 """
-import random, sys
+import itertools
+import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt, sft
+import gpt
+import sft
 from data import village
-from lab.cot import base_model, spread
+from lab.cot import base_model, mean, spread
 from lab.templates import demonstrations, grade, new_tasks
 
 
 @dataclass
 class Config:
     out: str = "out"
-    "folder of the run; its sft.pt is where both copies start"
+    "folder of the run; both copies start from its sft.pt"
     task: str = "rewrite"
-    "the use case that is tuned on alone"
+    "the use case that one copy is tuned on alone"
     tokens: int = 8000
-    "tokens of demonstrations that are read in one epoch; a few hundred demonstrations, as people collect for one task"
+    "tokens of demonstrations in one epoch; a few hundred demonstrations, as people collect for one task"
     epochs: int = 16
     "passes over them"
     lr: float = 1e-3
-    "peak learning rate, cosine to a tenth; sft.py's"
+    "peak learning rate, cosine to a tenth; the same as sft.py's"
     batch_tokens: int = 1024
     "tokens per step, padding included"
     n: int = 100
-    "new questions of the task, and as many of all others together"
+    "new prompts of the task, and as many of all others together"
     seeds: int = 3
-    "repetitions, each with its own demonstrations and questions; the table has mean and range"
+    "repetitions, each with its own demonstrations and prompts; the table has mean and range"
     seed: int = 0
     "first seed"
     device: str = "auto"
     "auto (cuda if there is one, else cpu), cpu, cuda or mps"
 
 
-RUNS = dict(one="one task", all="all tasks")
+VARIANTS = {"one": "one task", "all": "all tasks"}
+METRICS = ("task", "others", "lm_loss")
 
 
-def looks(epochs):
-    """Epochs after which to look: 1, 4, 16, ... and the last."""
+def measured_epochs(epochs):
+    """Return the epochs to measure after: 1, 4, 16, ... and the last."""
     return sorted({4 ** k for k in range(10) if 4 ** k < epochs} | {epochs})
 
 
-def verdict(rows, change=0.05):
-    """One sentence from the last look against the start. The claim has four parts: one task alone makes that task better and the
-    others worse, all tasks together do not make the others worse, and more epochs make the loss of text greater."""
-    last = max(r["epoch"] for r in rows)
-    first = min(r["epoch"] for r in rows if r["epoch"])
+def measure(model, enc, tasks, others, text, device):
+    """Return the mean gold of the one task and of the others, and the loss on pretraining text."""
+    return {
+        "task": grade(model, enc, tasks),
+        "others": grade(model, enc, others),
+        "lm_loss": gpt.val_loss(model, text, enc, device, limit=4000)[0],
+    }
 
-    def mean(run, epoch, key):
-        found = [r[key] for r in rows if r["run"] == run and r["epoch"] == epoch]
-        return sum(found) / len(found)
-    moved = {(run, key): mean(run, last, key) - mean(run, 0, key) for run in RUNS for key in ("task", "others", "lm_loss")}
-    longer = mean("one", last, "others") - mean("one", first, "others")
-    parts = [moved["one", "task"] > change, moved["one", "others"] < -change, longer < -change,
-             moved["all", "others"] >= -change]
-    held = "holds" if all(parts) else "holds in part" if any(parts) else "does not hold"
-    return (f"the claim {held} here: after {last} epochs of one task its gold changed by {moved['one', 'task']:+.2f}, that of the "
-            f"others by {moved['one', 'others']:+.2f} (by {longer:+.2f} since epoch {first}) and the loss on text by "
-            f"{moved['one', 'lm_loss']:+.2f}; with all tasks by {moved['all', 'task']:+.2f}, {moved['all', 'others']:+.2f} and "
-            f"{moved['all', 'lm_loss']:+.2f}")
+
+def verdict(rows, change=0.05):
+    """Judge the claim from the rows of all seeds, in one sentence.
+
+    The claim has four parts: one task alone makes that task better, makes the others worse, and
+    makes them worse with more epochs; all tasks together do not make the others worse.
+    """
+    last = max(r["epoch"] for r in rows)
+    first = min(r["epoch"] for r in rows if r["epoch"] > 0)
+
+    def at(variant, epoch, key):
+        return mean([r[key] for r in rows if (r["run"], r["epoch"]) == (variant, epoch)])
+
+    def moved(variant, key):
+        return at(variant, last, key) - at(variant, 0, key)
+
+    longer = at("one", last, "others") - at("one", first, "others")
+    parts = [moved("one", "task") > change, moved("one", "others") < -change, longer < -change,
+             moved("all", "others") >= -change]
+    held = "does not hold"
+    if all(parts):
+        held = "holds"
+    elif any(parts):
+        held = "holds in part"
+    return (f"the claim {held} here: after {last} epochs of one task its gold changed by "
+            f"{moved('one', 'task'):+.2f}, that of the others by {moved('one', 'others'):+.2f} (by "
+            f"{longer:+.2f} since epoch {first}) and the loss on text by "
+            f"{moved('one', 'lm_loss'):+.2f}; with all tasks by {moved('all', 'task'):+.2f}, "
+            f"{moved('all', 'others'):+.2f} and {moved('all', 'lm_loss'):+.2f}")
+
+
+def print_table(rows, task, epochs):
+    titles = (f"gold of {task}", "gold of the others", "loss on text")
+    print(f"\n{'tuned on':12}{'epochs':8}" + "".join(f"{title:22}" for title in titles))
+    for name, title in VARIANTS.items():
+        for epoch in epochs:
+            chosen = [r for r in rows if (r["run"], r["epoch"]) == (name, epoch)]
+            cells = [spread([r[key] for r in chosen]) for key in METRICS]
+            print(f"{title:12}{epoch:<8}" + "".join(f"{cell:22}" for cell in cells))
 
 
 def main(cfg):
@@ -83,35 +119,34 @@ def main(cfg):
     gpt.require(cfg, 0, "lr", most=10)
     if cfg.task not in village.SHARES:
         raise gpt.UserError(f"--task {cfg.task}: choose one of {', '.join(village.SHARES)}")
-    load, rows, log = base_model(cfg, "sft.pt"), [], Path(cfg.out) / "lab-forgetting.jsonl"
-    device, others = gpt.pick_device(cfg.device), [u for u in village.SHARES if u != cfg.task]
+    load = base_model(cfg, "sft.pt")
     model, enc = load()
-    text = gpt.corpus_of(Path(cfg.out) / "gpt.pt", enc, model.config.block_size)
+    device = model.wte.weight.device
+    T = model.config.block_size
+    text = gpt.corpus_of(Path(cfg.out) / "gpt.pt", enc, T)
+    other_uses = [use for use in village.SHARES if use != cfg.task]
+    epochs = [0] + measured_epochs(cfg.epochs)
+    rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        questions = new_tasks(cfg.n, seed, None, cfg.task)
-        foreign = [q for i, use in enumerate(others) for q in new_tasks(cfg.n // len(others) + 1, seed, None, use)]
-
-        def look(run, epoch):
-            rows.append(dict(run=run, seed=seed, epoch=epoch, task=grade(model, enc, questions),
-                             others=grade(model, enc, foreign),
-                             lm_loss=gpt.val_loss(model, text, enc, device, limit=4000)[0]))
-            gpt.log_metrics(log, fresh=len(rows) == 1, **rows[-1])
-            print(f"seed {seed}, {RUNS[run]}, epoch {epoch}: done", flush=True)
-        for run in RUNS:
+        tasks = new_tasks(cfg.n, seed, None, cfg.task)
+        others = []
+        for use in other_uses:
+            others += new_tasks(cfg.n // len(other_uses) + 1, seed, None, use)
+        for name, title in VARIANTS.items():
             gpt.set_seed(seed)
-            model, enc = load()
-            look(run, 0)
-            chats = demonstrations(enc, [0, 1, 2], cfg.tokens, seed, cfg.task if run == "one" else None)
-            examples = sft.tokenize(chats, enc, model.config.block_size)
-            for epoch in sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "forgetting"):
-                if epoch in looks(cfg.epochs):
-                    look(run, epoch)
-    print(f"\n{'tuned on':12}{'epochs':8}{'gold of ' + cfg.task:22}{'gold of the others':22}{'loss on text':22}")
-    for run in RUNS:
-        for epoch in [0] + looks(cfg.epochs):
-            mine = [r for r in rows if r["run"] == run and r["epoch"] == epoch]
-            cells = (spread([r[k] for r in mine]) for k in ("task", "others", "lm_loss"))
-            print(f"{RUNS[run]:12}{epoch:<8}" + "".join(f"{c:22}" for c in cells))
+            model, _ = load()
+            use = cfg.task if name == "one" else None
+            examples = sft.tokenize(demonstrations(enc, [0, 1, 2], cfg.tokens, seed, use), enc, T)
+            tuning = sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, title)
+            for epoch in itertools.chain([0], tuning):      # 0: before the first step
+                if epoch not in epochs:
+                    continue
+                row = {"run": name, "seed": seed, "epoch": epoch}
+                row |= measure(model, enc, tasks, others, text, device)
+                rows.append(row)
+                gpt.log_metrics(Path(cfg.out) / "lab-forgetting.jsonl", fresh=len(rows) == 1, **row)
+                print(f"seed {seed}, {title}, epoch {epoch}: done", flush=True)
+    print_table(rows, cfg.task, epochs)
     print(f"\n{verdict(rows)}")
 
 

@@ -1,10 +1,10 @@
-"""In-context learning: a base model solves a task from a few examples in its prompt, with no training at all.
+"""In-context learning: a base model solves a task from a few examples in its prompt, untrained.
 
-Claim (Brown et al. 2020; Min et al. 2022). More examples help; whether their labels are right hardly matters, but that they
-are of the same domain and in the same format does.
+Claim (Brown et al. 2020; Min et al. 2022). More examples help. Whether their labels are right
+hardly matters, but they must be of the same domain and in the same format.
 
-The prompt is a page of examples, then a text alone. Nothing says what is asked but the page. The base model OUT/gpt.pt,
-never tuned, goes on:
+The prompt is a page of examples, followed by a query without its label. Only the examples show what
+the task is. The base model OUT/gpt.pt, never tuned, continues:
 
     The cow says moo.           Ann is proud.
     The hen says cluck.         This is happy.
@@ -12,47 +12,53 @@ never tuned, goes on:
             says woof.
                                         This is sad.
 
-Five kinds of pages:    right         texts of the task with their labels
-                        shuffled      the same texts, the labels of the page's eight examples dealt out anew
-                        wrong         the same texts, every label replaced by another of the task
-                        other domain  texts and labels of another task
-                        other format  the same texts and labels, written 'label: text'
+Five kinds of pages:    right         queries of the task with their labels
+                        shuffled      the same queries, the labels of the eight examples shuffled
+                        wrong         the same queries, each with another label of the task
+                        other domain  queries and labels of another task
+                        other format  the same queries and labels, written 'label: query'
 
-The village's texts are short: no page of facts has more than three lines. So the prompts of 4 and 8 examples are longer than
-anything of their kind that the base model has read, and the second group of rows shows what reading longer pages mends.
+Two scores: how often the right label is the likeliest of the task's labels (the table gives the
+chance level), and how often greedy generation writes it.
 
-Scored in two ways: the likeliest of the task's labels (chance is printed), and greedy generation. The second group
-is a copy of the model that read on for a while: pages of 2 to 9 examples of other tasks than those tested (MetaICL).
+The documents of the village are short: no page of facts has more than three lines. A prompt with 4
+or 8 examples is longer than anything of its kind that the base model has read. The second group of
+rows shows how much reading longer pages helps. It is a copy of the model that has trained on pages
+of 2 to 9 examples of other tasks than those tested (as in MetaICL).
 
     python lab/icl.py                      three seeds
     python lab/icl.py --read-on 0          the base model alone
 
-Two minutes on two CPU cores. Needs OUT/gpt.pt, and pretrains it first when it is missing. Read next: lab/templates.py.
+Two minutes on two CPU cores. Needs OUT/gpt.pt and trains it first if it is missing.
+Read next: lab/templates.py.
 """
-import random, sys
+import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt, sft
+import gpt
+import sft
 from data.village import FACTS, GOOD_MOODS, RUDE_LINES, WORDS
-from lab.cot import base_model, spread
+from lab.cot import base_model, mean, spread
 
 
 @dataclass
 class Config:
     out: str = "out"
-    "folder of the run; its gpt.pt is asked"
+    "folder of the run; its gpt.pt is prompted"
     n: int = 64
-    "queries per task, each with examples of its own"
+    "queries per task, each with its own examples"
     read_on: int = 400
-    "steps that the copy reads on, on pages of other tasks; 0 leaves it out"
+    "steps that the copy trains on pages of other tasks; 0 leaves the copy out"
     lr: float = 5e-4
-    "learning rate of reading on"
+    "peak learning rate of these steps"
     batch_tokens: int = 1024
-    "tokens per step of reading on"
+    "tokens per step"
     seeds: int = 3
     "repetitions, each with its own queries and examples; the table has mean and range"
     seed: int = 0
@@ -63,11 +69,19 @@ class Config:
 
 SHOTS = (0, 1, 2, 4, 8)
 PAGES = ("right", "shuffled", "wrong", "other domain", "other format")
+SCORES = ("likely", "generated")
+
+
+class Task(NamedTuple):
+    """draw(rng) returns an example (query, label); labels lists all labels."""
+    draw: Callable
+    labels: list
 
 
 def tone(rng):
     mood = rng.choice(WORDS["mood"])
-    return f"{rng.choice(WORDS['person'])} is {mood}.\n", "This is happy" if mood in GOOD_MOODS else "This is sad"
+    label = "This is happy" if mood in GOOD_MOODS else "This is sad"
+    return f"{rng.choice(WORDS['person'])} is {mood}.\n", label
 
 
 def manners(rng):
@@ -77,144 +91,224 @@ def manners(rng):
 
 
 def fact(name, form):
-    """A task whose answers everybody in the village knows; the space belongs to the label, as it does to the word's token."""
+    """Return the Task of completing a fact that everybody in the village knows.
+
+    The space before the label belongs to the label, as it belongs to the token of the word.
+    """
     def draw(rng):
         key, value = rng.choice(list(FACTS[name].items()))
         return f"The {key}", form.format(value)
-    return draw, [form.format(value) for value in sorted(set(FACTS[name].values()))]
+    return Task(draw, [form.format(value) for value in sorted(set(FACTS[name].values()))])
 
 
-TESTED = dict(tone=(tone, ["This is happy", "This is sad"]), manners=(manners, ["This is polite", "This is rude"]),
-              sound=fact("sound", " says {}"), feed=fact("feed", " eats {}"))
-OTHER = dict(tone="sound", manners="feed", sound="tone", feed="manners")   # neither its texts nor its labels
-READ = dict(price=fact("price", " costs {} coins"), ware=fact("ware", " sells {}"), work=fact("work", " works at the {}"),
-            hanzi=fact("hanzi", " is {} in Chinese"))
+TESTED = {
+    "tone": Task(tone, ["This is happy", "This is sad"]),
+    "manners": Task(manners, ["This is polite", "This is rude"]),
+    "sound": fact("sound", " says {}"),
+    "feed": fact("feed", " eats {}"),
+}
+# The other domain of each task: it shares no query and no label.
+OTHER = {"tone": "sound", "manners": "feed", "sound": "tone", "feed": "manners"}
+READ = {
+    "price": fact("price", " costs {} coins"),
+    "ware": fact("ware", " sells {}"),
+    "work": fact("work", " works at the {}"),
+    "hanzi": fact("hanzi", " is {} in Chinese"),
+}
 
 
-def line(text, label):
-    return f"{text}{label}.\n"
+def line(query, label):
+    return f"{query}{label}.\n"
 
 
-def examples_of(draw, query, rng, n=max(SHOTS)):
-    """n examples (text, label), none with the query's text: else the answer could be copied."""
-    found = []
-    while len(found) < n:
+def label_first(query, label):
+    return f"{label.strip()}: {query.strip()}\n"
+
+
+def draw_examples(draw, query, rng, n=max(SHOTS)):
+    """Return n examples (query, label), none with the given query: its label could be copied."""
+    examples = []
+    while len(examples) < n:
         example = draw(rng)
         if example[0] != query:
-            found.append(example)
-    return found
+            examples.append(example)
+    return examples
 
 
 def shuffled(examples, rng):
-    """The same texts and the same labels, dealt out anew."""
+    """Return the same queries and the same labels, matched at random."""
     labels = [label for _, label in examples]
     rng.shuffle(labels)
-    return [(text, label) for (text, _), label in zip(examples, labels)]
+    return [(query, label) for (query, _), label in zip(examples, labels)]
 
 
 def wrong(examples, labels, rng):
-    return [(text, rng.choice([x for x in labels if x != label])) for text, label in examples]
+    """Return the same queries, each with a wrong label."""
+    return [(query, rng.choice([x for x in labels if x != label])) for query, label in examples]
 
 
 def page(kind, shots, name, query, rng):
-    """The prompt: `shots` examples as the kind of page has them, then the query. Of one rng state, fewer are a part of more."""
-    draw, labels = TESTED[name]
-    examples = examples_of(draw, query, rng)
+    """Return the prompt: `shots` examples of the task `name` in this kind of page, then the query.
+
+    For the same state of rng, a page with fewer shots is the beginning of one with more.
+    """
+    task = TESTED[name]
+    examples = draw_examples(task.draw, query, rng)
+    write = line
     if kind == "shuffled":
         examples = shuffled(examples, rng)
     elif kind == "wrong":
-        examples = wrong(examples, labels, rng)
+        examples = wrong(examples, task.labels, rng)
     elif kind == "other domain":
-        examples = examples_of(TESTED[OTHER[name]][0], query, rng)
-    write = (lambda text, label: f"{label.strip()}: {text.strip()}\n") if kind == "other format" else line
-    return "".join(write(*e) for e in examples[:shots]) + query
+        examples = draw_examples(TESTED[OTHER[name]].draw, query, rng)
+    elif kind == "other format":
+        write = label_first
+    return "".join(write(*example) for example in examples[:shots]) + query
 
 
 @torch.no_grad()
 def likeliest(model, enc, prompts, labels, device, batch=256):
-    """The label with the highest log p(label and its full stop | prompt), for each prompt."""
+    """Return for each prompt the label with the highest log p(label and its full stop | prompt)."""
     rows = []
     for prompt in prompts:
         start = enc.encode_ordinary(prompt)
         for label in labels:
-            said = enc.encode_ordinary(label + ".")
-            rows.append((torch.tensor(start + said), torch.tensor([0] * len(start) + [1] * len(said))))
+            new = enc.encode_ordinary(label + ".")
+            mask = [0] * len(start) + [1] * len(new)
+            rows.append((torch.tensor(start + new), torch.tensor(mask)))
     scores = []
     for i in range(0, len(rows), batch):
-        ids, mask = (t.to(device) for t in sft.collate(rows, range(i, min(i + batch, len(rows)))))        # (B, T) each
-        scores.append((gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1).cpu())                        # (B,)
-    best = torch.cat(scores).view(len(prompts), len(labels)).argmax(1)                                    # (N,)
+        ids, mask = sft.collate(rows, range(i, min(i + batch, len(rows))))     # (B, T) each
+        ids, mask = ids.to(device), mask.to(device)
+        logprobs = gpt.token_logprobs(model, ids) * mask[:, 1:]                # (B, T-1)
+        scores.append(logprobs.sum(1).cpu())                                   # (B,)
+    best = torch.cat(scores).view(len(prompts), len(labels)).argmax(1)         # (N,)
     return [labels[i] for i in best.tolist()]
 
 
 def generated(model, enc, prompts):
-    """What greedy decoding writes up to the end of the line, without its full stop."""
-    ids = gpt.generate(model, [enc.encode_ordinary(p) for p in prompts], 12, temperature=0, stop=gpt.end_of(enc))
-    return [enc.decode([i for i in row if i < len(enc._mergeable_ranks)]).split("\n")[0].removesuffix(".") for row in ids]
+    """Return what greedy decoding writes up to the end of the line, without the full stop."""
+    ids = [enc.encode_ordinary(prompt) for prompt in prompts]
+    new = gpt.generate(model, ids, 12, temperature=0, stop=gpt.end_of(enc))
+    texts = [enc.decode([i for i in row if i < len(enc._mergeable_ranks)]) for row in new]
+    return [text.split("\n")[0].removesuffix(".") for text in texts]
 
 
 def read_on(model, enc, cfg, seed):
-    """Next-token training on pages of other tasks: 2 to 9 lines of one of them, as a page of examples and its query would be."""
-    rng, device = random.Random(seed), model.wte.weight.device
+    """Train on pages of other tasks, 2 to 9 lines each, as long as a page with its query."""
+    rng = random.Random(seed)
+    device = model.wte.weight.device
+    T = model.config.block_size
     optimizer = gpt.adamw(model, cfg.lr)
     model.train()
     for step in range(cfg.read_on):
-        texts, n = [], 0
-        while n < cfg.batch_tokens:
-            draw = READ[rng.choice(list(READ))][0]
-            text = "".join(line(*draw(rng)) for _ in range(rng.randint(2, 9)))
-            texts.append(torch.tensor((enc.encode_ordinary(text) + [gpt.end_of(enc)])[:model.config.block_size]))
-            n += len(texts[-1])
-        ids, segments = (t.to(device) for t in gpt.pack(texts, model.config.block_size))                  # (B, T) each
-        gpt.take_step(gpt.lm_loss(model, ids, segments), optimizer, model, gpt.lr_at(step, cfg.read_on, cfg.lr))
+        documents = []
+        n_tokens = 0
+        while n_tokens < cfg.batch_tokens:
+            task = READ[rng.choice(list(READ))]
+            text = "".join(line(*task.draw(rng)) for _ in range(rng.randint(2, 9)))
+            ids = enc.encode_ordinary(text) + [gpt.end_of(enc)]
+            documents.append(torch.tensor(ids[:T]))
+            n_tokens += len(documents[-1])
+        ids, segments = gpt.pack(documents, T)                                 # (B, T) each
+        loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
+        gpt.take_step(loss, optimizer, model, gpt.lr_at(step, cfg.read_on, cfg.lr))
     model.eval()
 
 
 def measure(model, enc, cfg, seed, device):
-    """-> rows {task, page, shots, likely, generated}: accuracies. All cells ask the same queries."""
+    """Return rows with the accuracies of each task, page and number of shots.
+
+    All rows of a task share the queries.
+    """
     rows = []
-    for name, (draw, labels) in TESTED.items():
-        queries = [draw(random.Random(f"{seed} {name} {i}")) for i in range(cfg.n)]
+    for name, task in TESTED.items():
+        examples = [task.draw(random.Random(f"{seed} {name} {i}")) for i in range(cfg.n)]
+        queries = [query for query, _ in examples]
+        right = [label for _, label in examples]
         for kind in PAGES:
-            for shots in SHOTS if kind == "right" else SHOTS[1:]:   # without examples all pages are the same
-                prompts = [page(kind, shots, name, q, random.Random(f"{seed} page {i}")) for i, (q, _) in enumerate(queries)]
-                likely, said = likeliest(model, enc, prompts, labels, device), generated(model, enc, prompts)
-                rows.append(dict(task=name, page=kind, shots=shots, chance=1 / len(labels),
-                                 likely=sum(a == b for a, (_, b) in zip(likely, queries)) / cfg.n,
-                                 generated=sum(a == b for a, (_, b) in zip(said, queries)) / cfg.n))
+            for shots in SHOTS if kind == "right" else SHOTS[1:]:    # 0 shots: all pages are equal
+                prompts = [page(kind, shots, name, query, random.Random(f"{seed} page {i}"))
+                           for i, query in enumerate(queries)]
+                likely = likeliest(model, enc, prompts, task.labels, device)
+                written = generated(model, enc, prompts)
+                rows.append({
+                    "task": name, "page": kind, "shots": shots, "chance": 1 / len(task.labels),
+                    "likely": mean([a == b for a, b in zip(likely, right)]),
+                    "generated": mean([a == b for a, b in zip(written, right)]),
+                })
     return rows
 
 
 def accuracy(rows, model, kind, shots, score="likely"):
-    """Mean over tasks of each seed's rows: one number per seed. Shots 0 belong to the right page, and stand for all."""
-    kind, seeds = kind if shots else "right", sorted({r["seed"] for r in rows})
-    cells = [[r[score] for r in rows if (r["model"], r["page"], r["shots"], r["seed"]) == (model, kind, shots, s)] for s in seeds]
-    return [sum(c) / len(c) for c in cells]
+    """Return the mean over tasks of each seed's rows: one number per seed.
+
+    Rows with 0 shots belong to the right page and stand for every kind.
+    """
+    kind = kind if shots else "right"
+    accuracies = []
+    for seed in sorted({r["seed"] for r in rows}):
+        cell = (model, kind, shots, seed)
+        accuracies.append(mean([r[score] for r in rows
+                                if (r["model"], r["page"], r["shots"], r["seed"]) == cell]))
+    return accuracies
 
 
 def verdict(rows, model, score, margin=0.05):
-    """Which parts of the claim hold for this model, by mean accuracy of a score, at the number of shots where right labels do
-    best; `margin` counts as a difference. Where examples do not help, indifferent labels say nothing: the claim does not hold."""
-    right = {s: sum(x) / len(x) for s in SHOTS for x in [accuracy(rows, model, "right", s, score)]}
+    """Judge each part of the claim for a model by one score, in one sentence.
+
+    Compares mean accuracies at the number of shots where right labels do best; differences up to
+    `margin` do not count. Where examples do not help, it means nothing that labels do not matter
+    either, so the claim does not hold.
+    """
+    right = {shots: mean(accuracy(rows, model, "right", shots, score)) for shots in SHOTS}
     best = max(SHOTS[1:], key=right.get)
-    mean = {kind: sum(x) / len(x) for kind in PAGES for x in [accuracy(rows, model, kind, best, score)]}
-    parts = {"examples help": mean["right"] - right[0] > margin,
-             "the more the better": right[SHOTS[-1]] >= right[best] - margin,
-             "shuffled labels hardly matter": mean["right"] - mean["shuffled"] <= margin,
-             "wrong labels hardly matter": mean["right"] - mean["wrong"] <= margin,
-             "another domain is worse": mean["right"] - mean["other domain"] > margin,
-             "another format is worse": mean["right"] - mean["other format"] > margin}
-    held = "holds" if all(parts.values()) else "holds in part" if parts["examples help"] else "does not hold"
-    return f"{model}, {score}: the claim {held} here, at {best} shots: " + "; ".join(
-        f"{k}: {'yes' if v else 'no'}" for k, v in parts.items())
+    at_best = {kind: mean(accuracy(rows, model, kind, best, score)) for kind in PAGES}
+    loss = {kind: at_best["right"] - at_best[kind] for kind in PAGES}
+    parts = {
+        "examples help": at_best["right"] - right[0] > margin,
+        "the more the better": right[SHOTS[-1]] >= right[best] - margin,
+        "shuffled labels hardly matter": loss["shuffled"] <= margin,
+        "wrong labels hardly matter": loss["wrong"] <= margin,
+        "another domain is worse": loss["other domain"] > margin,
+        "another format is worse": loss["other format"] > margin,
+    }
+    held = "does not hold"
+    if all(parts.values()):
+        held = "holds"
+    elif parts["examples help"]:
+        held = "holds in part"
+    listed = "; ".join(f"{part}: {'yes' if true else 'no'}" for part, true in parts.items())
+    return f"{model}, {score}: the claim {held} here, at {best} shots: {listed}"
+
+
+def print_tables(rows, models):
+    heads = "".join(f"{shots:<20}" for shots in SHOTS)
+    chance = mean([1 / len(task.labels) for task in TESTED.values()])
+    titles = {"likely": f"likeliest label, mean of {', '.join(TESTED)} (chance {chance:.2f})",
+              "generated": f"greedy generation, mean of {', '.join(TESTED)}"}
+    for score in SCORES:
+        print(f"\n{titles[score]}\n{'shots':24}{heads}")
+        for name in models:
+            for kind in PAGES:
+                cells = [spread(accuracy(rows, name, kind, shots, score)) for shots in SHOTS]
+                print(f"{name:8}{kind:16}" + "".join(f"{cell:20}" for cell in cells))
+    print(f"\n{'right labels by task':24}{heads}")
+    for name in models:
+        for task in TESTED:
+            of_task = [r for r in rows if r["task"] == task]
+            cells = [spread(accuracy(of_task, name, "right", shots)) for shots in SHOTS]
+            print(f"{name:8}{task:16}" + "".join(f"{cell:20}" for cell in cells))
 
 
 def main(cfg):
     gpt.require(cfg, 1, "n", "batch_tokens", "seeds")
     gpt.require(cfg, 0, "read_on")
     gpt.require(cfg, 0, "lr", most=10)
-    load, rows, log, device = base_model(cfg), [], Path(cfg.out) / "lab-icl.jsonl", gpt.pick_device(cfg.device)
-    models = ["base"] + ["read on"] * (cfg.read_on > 0)
+    load = base_model(cfg)
+    device = gpt.pick_device(cfg.device)
+    models = ["base", "read on"] if cfg.read_on else ["base"]
+    rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         gpt.set_seed(seed)
         model, enc = load()
@@ -222,22 +316,14 @@ def main(cfg):
             if name == "read on":
                 read_on(model, enc, cfg, seed)
             for row in measure(model, enc, cfg, seed, device):
-                rows.append(dict(model=name, seed=seed, **row))
-                gpt.log_metrics(log, fresh=len(rows) == 1, **rows[-1])
+                rows.append({"model": name, "seed": seed} | row)
+                gpt.log_metrics(Path(cfg.out) / "lab-icl.jsonl", fresh=len(rows) == 1, **rows[-1])
             print(f"seed {seed}, {name}: done", flush=True)
-    chance = sum(1 / len(labels) for _, labels in TESTED.values()) / len(TESTED)
-    for score in ("likely", "generated"):
-        print(f"\n{'likeliest label' if score == 'likely' else 'greedy generation'}, mean of {', '.join(TESTED)}"
-              + (f" (chance {chance:.2f})" if score == "likely" else "") + f"\n{'shots':24}" + "".join(f"{s:<18}" for s in SHOTS))
-        for name in models:
-            for kind in PAGES:
-                print(f"{name:8}{kind:16}" + "".join(f"{spread(accuracy(rows, name, kind, s, score)):18}" for s in SHOTS))
-    print(f"\n{'right labels by task':24}" + "".join(f"{s:<18}" for s in SHOTS))
+    print_tables(rows, models)
+    print()
     for name in models:
-        for task in TESTED:
-            mine = [r for r in rows if r["task"] == task]
-            print(f"{name:8}{task:16}" + "".join(f"{spread(accuracy(mine, name, 'right', s)):18}" for s in SHOTS))
-    print("\n" + "\n".join(verdict(rows, name, score) for name in models for score in ("likely", "generated")))
+        for score in SCORES:
+            print(verdict(rows, name, score))
 
 
 if __name__ == "__main__":
