@@ -1,120 +1,245 @@
-"""From the numbers of results/*.jsonl to README's tables (results/tables.md) and figures. Made by results/make.sh.
+"""From the numbers of results/*.jsonl to the tables of results/README.md and the figure.
 
-    python results/figures.py        needs matplotlib for the figures; without it, the tables alone
+    python results/figures.py        the figure needs matplotlib; without it, the tables alone
 """
-import json, re, statistics
+import json
+import re
+import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
+END = "<!-- end of table -->"
+
+
+def begin(name):
+    """Return the mark in README.md above a table; everything from there to END is replaced."""
+    return f"<!-- table {name}: made by figures.py -->"
 
 
 def load(stage):
-    """{seed: rows} of one stage's metrics."""
-    files = sorted(HERE.glob(f"{stage}-seed*.jsonl"))
-    return {int(re.search(r"seed(\d+)", f.name)[1]): [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+    """Return {seed: rows} of a stage's metrics files."""
+    runs = {}
+    for path in sorted(HERE.glob(f"{stage}-seed*.jsonl")):
+        seed = int(re.search(r"seed(\d+)", path.name)[1])
+        runs[seed] = [json.loads(line) for line in path.read_text().splitlines()]
+    return runs
 
 
-def spread(values, form="{:.2f}", scale=1):
-    """Mean and range over the seeds."""
-    values = [scale * v for v in values if v is not None]
+def select(runs, key, value):
+    """Return the rows of all seeds in which `key` has this value."""
+    return [row for rows in runs.values() for row in rows if row.get(key) == value]
+
+
+def values_of(runs, key):
+    """Return the different values of `key` in the order of their first appearance."""
+    return list(dict.fromkeys(row[key] for rows in runs.values() for row in rows if key in row))
+
+
+def spread(values, form="{:.2f}"):
+    """Format the mean and the range over seeds: '0.30 (0.10 to 0.50)', or '-' without values."""
+    values = [v for v in values if v is not None]
     if not values:
         return "-"
-    low, high = form.format(min(values)), form.format(max(values))
-    return form.format(statistics.mean(values)) + (f" ({low} to {high})" if low != high else "")
+    low = form.format(min(values))
+    high = form.format(max(values))
+    text = form.format(statistics.mean(values))
+    return text if low == high else f"{text} ({low} to {high})"
 
 
-def table_a(runs):
-    heads = ["", "gold", "on new words", "win rate vs sft", "made up", "rude", "KL", "LM loss", "length", "gold above greedy sft"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows))
-    for stage in stages:
-        rows = [r for run in runs.values() for r in run if r["stage"] == stage]
-        get = {key: [r[key] for r in rows] for key in rows[0]}
-        cells = [stage if len(rows) == len(runs) else f"{stage} ({len(rows)} seeds)", spread(get["gold"]), spread(get["gold_new"]),
-                 spread(get["win_rate_vs_sft"], "{:.0f}%", 100), spread(get["hallucination_rate"], "{:.0f}%", 100),
-                 spread(get["rude_rate"], "{:.1f}%", 100), spread(get["kl_to_sft"], "{:.1f}"), spread(get["lm_loss"]),
-                 spread(get["length"], "{:.0f}"), spread(get["gold_minus_greedy"], "{:+.2f}")]
-        if stage != "sft-greedy":
-            cells[-1] += f", each ±{max(get['gold_minus_greedy_ci']):.2f}"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+class Column(NamedTuple):
+    """A column of a table: its head, the key of the rows, and the format of its numbers."""
+    head: str
+    key: str
+    form: str = "{:.2f}"
+
+    def cell(self, rows):
+        return spread([row.get(self.key) for row in rows], self.form)
 
 
-def table_b(runs):
-    keys = ["accuracy", "labelers_agree", "gold_program", "accuracy_against_gold", "word_counts", "length_alone",
-            "distance_1", "distance_2", "distance_3+"]
-    lines = ["| pairs of | " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    for split in ("training users", "held-out users"):
-        rows = [r for run in runs.values() for r in run if r.get("split") == split]
-        lines.append(f"| {split} | " + " | ".join(spread([r[k] for r in rows], "{:.3f}") for k in keys) + " |")
-    return "\n".join(lines)
+def markdown(heads, lines):
+    """Return a Markdown table."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in [heads, *lines]]
+    return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
-def table(heads, lines):
-    return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"] + ["| " + " | ".join(line) + " |" for line in lines])
+COLUMNS_A = [
+    Column("gold", "gold"),
+    Column("on new words", "gold_new"),
+    Column("win rate vs sft", "win_rate_vs_sft", "{:.0%}"),
+    Column("made up", "hallucination_rate", "{:.0%}"),
+    Column("rude", "rude_rate", "{:.1%}"),
+    Column("KL", "kl_to_sft", "{:.1f}"),
+    Column("LM loss", "lm_loss"),
+    Column("length", "length", "{:.0f}"),
+    Column("gold above greedy sft", "gold_minus_greedy", "{:+.2f}"),
+]
 
 
-def table_d(runs, paper):
-    """Self-Instruct: what was made (own filter and the paper's), and what it is worth."""
-    def of(runs, row, key, form="{:.0f}%", scale=100):
-        values = [r[key] for rows in runs.values() for r in rows if r.get("row") == row and r.get(key) is not None]
-        return spread(values, form, scale)
-    facts = [("instructions kept", "audit", "tasks", "{:.0f}", 1), ("valid", "audit", "valid"), ("input fits", "audit", "fits"), ("output right", "audit", "right"),
-             ("new: in no text it read, no seed", "diversity", "new_share"), ("a pair of topic and manner that no text has", "audit", "unseen_pairs"),
-             ("mean ROUGE-L to the nearest seed", "diversity", "rouge_to_seed", "{:.2f}", 1), ("verb and noun pairs", "diversity", "verb_noun_pairs", "{:.0f}", 1),
-             ("commonest label of a topic, input first", "one label", "input_first"), ("commonest label of a topic, label first", "one label", "label_first")]
-    first = table(["", "with the likelihood filter", "the paper's filters alone"], [[name, of(runs, *key), of(paper, *key)] for name, *key in facts])
-    arms = {}
-    for rows in runs.values():
-        for r in rows:
-            if r.get("row") == "worth":
-                arms.setdefault(r["arm"], []).append(r)
-    second = table(["tuned on", "records", "gold", "seen pairs", "unseen pairs", "unseen wording", "above seeds only"], [
-        [arm, spread([r["records"] for r in rs], "{:.0f}")] + [spread([r[k] for r in rs], "{:.3f}") for k in ("gold", "seen", "unseen", "user")]
-        + [spread([r.get("above_seeds") for r in rs], "{:+.3f}") + (f", each ±{max(r['above_seeds_ci'] for r in rs):.3f}" if "above_seeds" in rs[0] and arm != "seeds only" else "")]
-        for arm, rs in arms.items()])
-    return first + "\n\n" + second
-
-
-def table_e(names):
-    """Self-rewarding: every run, every model, mean over the seeds there are."""
+def table_a():
+    """Return the gold grades of every checkpoint, one line per stage."""
+    runs = load("eval")
     lines = []
-    for name in names:
+    for stage in values_of(runs, "stage"):
+        rows = select(runs, "stage", stage)
+        name = stage if len(rows) == len(runs) else f"{stage} ({len(rows)} seeds)"
+        cells = [column.cell(rows) for column in COLUMNS_A]
+        if stage != "sft-greedy":
+            cells[-1] += f", each ±{max(row['gold_minus_greedy_ci'] for row in rows):.2f}"
+        lines.append([name, *cells])
+    return markdown(["", *[column.head for column in COLUMNS_A]], lines)
+
+
+def table_b():
+    """Return the accuracies of the reward model and of what it is compared with."""
+    runs = load("reward")
+    keys = ["accuracy", "labelers_agree", "gold_program", "accuracy_against_gold", "word_counts",
+            "length_alone", "distance_1", "distance_2", "distance_3+"]
+    columns = [Column(key.replace("_", " "), key, "{:.3f}") for key in keys]
+    lines = []
+    for split in ("training users", "held-out users"):
+        rows = select(runs, "split", split)
+        lines.append([split, *[column.cell(rows) for column in columns]])
+    return markdown(["pairs of", *[column.head for column in columns]], lines)
+
+
+AUDIT = [                                   # the row of the log, and what to read from it
+    ("audit", Column("instructions kept", "tasks", "{:.0f}")),
+    ("audit", Column("valid", "valid", "{:.0%}")),
+    ("audit", Column("input fits", "fits", "{:.0%}")),
+    ("audit", Column("output right", "right", "{:.0%}")),
+    ("diversity", Column("new: in no text it read, no seed", "new_share", "{:.0%}")),
+    ("audit", Column("a pair of topic and manner that no text has", "unseen_pairs", "{:.0%}")),
+    ("diversity", Column("mean ROUGE-L to the nearest seed", "rouge_to_seed")),
+    ("diversity", Column("verb and noun pairs", "verb_noun_pairs", "{:.0f}")),
+    ("one label", Column("commonest label of a topic, input first", "input_first", "{:.0%}")),
+    ("one label", Column("commonest label of a topic, label first", "label_first", "{:.0%}")),
+]
+
+
+def table_d_made():
+    """Return what Self-Instruct made, with its likelihood filter and with the paper's filters."""
+    ours = load("self_instruct")
+    paper = load("self_instruct-paper")
+    lines = []
+    for row, column in AUDIT:
+        cells = [column.cell(select(runs, "row", row)) for runs in (ours, paper)]
+        lines.append([column.head, *cells])
+    return markdown(["", "with the likelihood filter", "the paper's filters alone"], lines)
+
+
+COLUMNS_D = [
+    Column("records", "records", "{:.0f}"),
+    Column("gold", "gold", "{:.3f}"),
+    Column("seen pairs", "seen", "{:.3f}"),
+    Column("unseen pairs", "unseen", "{:.3f}"),
+    Column("unseen wording", "user", "{:.3f}"),
+    Column("above seeds only", "above_seeds", "{:+.3f}"),
+]
+
+
+def table_d_worth():
+    """Return what the tasks are worth: the grades of models tuned on them."""
+    runs = load("self_instruct")
+    lines = []
+    for arm in values_of(runs, "arm"):
+        rows = select(runs, "arm", arm)
+        cells = [column.cell(rows) for column in COLUMNS_D]
+        if arm != "seeds only" and cells[-1] != "-":
+            cells[-1] += f", each ±{max(row['above_seeds_ci'] for row in rows):.3f}"
+        lines.append([arm, *cells])
+    return markdown(["tuned on", *[column.head for column in COLUMNS_D]], lines)
+
+
+class Rates(Column):
+    """A column of three rates, such as win, tie and lose: '44/45/12'."""
+
+    def cell(self, rows):
+        values = [row[self.key] for row in rows if row.get(self.key)]
+        if not values:
+            return "-"
+        return "/".join(f"{100 * statistics.mean(rates):.0f}" for rates in zip(*values))
+
+
+COLUMNS_E = [
+    Column("gold", "gold"),
+    Rates("win/tie/lose M1", "vs_m1"),
+    Rates("win/tie/lose previous", "vs_last"),
+    Column("judge right, own answers", "judge_accuracy"),
+    Column("log p right", "likelihood_accuracy"),
+    Column("own score", "self_score"),
+    Column("pairs agree", "agree"),
+    Column("made up", "made_up", "{:.0%}"),
+    Column("rude", "rude", "{:.1%}"),
+    Column("length", "length", "{:.0f}"),
+    Column("thanks", "thanks", "{:.0%}"),
+]
+CONTROLS = ("update-sft", "pairs-gold", "pairs-random", "frozen-judge", "no-replay")
+
+
+def table_e():
+    """Return every model of the self-rewarding runs; of the controls, the last model alone."""
+    lines = []
+    for name in ("main", *CONTROLS, "halo"):
         runs = load(f"self_reward-{name}")
-        stages = list(dict.fromkeys(r["stage"] for rows in runs.values() for r in rows if "stage" in r))
+        stages = values_of(runs, "stage")
+        if name in CONTROLS:
+            stages = stages[-1:]
         for stage in stages:
-            if name not in ("main", "halo") and stage != stages[-1]:   # of a control its end; the rest is in its file
-                continue
-            rs = [r for rows in runs.values() for r in rows if r.get("stage") == stage]
+            rows = select(runs, "stage", stage)
+            model = stage if len(rows) == 3 else f"{stage} ({len(rows)})"
+            lines.append([name, model, *[column.cell(rows) for column in COLUMNS_E]])
+    return markdown(["run", "model", *[column.head for column in COLUMNS_E]], lines)
 
-            def cell(key, form="{:.2f}", scale=1):
-                return spread([r.get(key) for r in rs], form, scale)
 
-            def wtl(key):
-                found = [r[key] for r in rs if r.get(key)]
-                return "/".join(f"{100 * statistics.mean(x):.0f}" for x in zip(*found)) if found else "-"
-            lines.append([name, f"{stage} ({len(rs)})" if len(rs) != 3 else stage, cell("gold"), wtl("vs_m1"), wtl("vs_last"), cell("judge_accuracy"), cell("likelihood_accuracy"),
-                          cell("self_score"), cell("agree"), cell("made_up", "{:.0f}%", 100), cell("rude", "{:.1f}%", 100),
-                          cell("length", "{:.0f}"), cell("thanks", "{:.0f}%", 100)])
-    heads = ["run", "model", "gold", "win/tie/lose M1", "win/tie/lose previous", "judge right, own answers", "log p right", "own score", "pairs agree", "made up", "rude", "length",
-             "thanks"]
-    keep = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines)]
-    return table([heads[i] for i in keep], [[line[i] for i in keep] for line in lines])
+def tables():
+    """Return {name: table} of README.md."""
+    return {
+        "A": table_a(),
+        "B": table_b(),
+        "D, made": table_d_made(),
+        "D, worth": table_d_worth(),
+        "E": table_e(),
+    }
+
+
+def write_tables(made):
+    """Put tables {name: table} between their marks in README.md."""
+    text = README.read_text(encoding="utf-8")
+    for name, table in made.items():
+        before, mark, after = text.partition(begin(name))
+        _, end, rest = after.partition(END)
+        if not mark or not end:
+            raise SystemExit(f"{README}: no {begin(name)} ... {END}")
+        text = f"{before}{mark}\n\n{table}\n\n{end}{rest}"
+    README.write_text(text, encoding="utf-8")
 
 
 def smooth(values, n=9):
-    return [statistics.mean(values[max(0, i - n // 2):i + n // 2 + 1]) for i in range(len(values))]
+    """Return the means of n neighbours, fewer at the ends."""
+    half = n // 2
+    return [statistics.mean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
 
-def figures(plt):
-    runs = {"default beta 0.1": load("ppo-long"), "beta 0": load("ppo-beta-0")}
+PANELS = {
+    "objective/scores": "reward model's score (what PPO sees)",
+    "objective/gold": "gold grade of the same responses (the truth)",
+    "objective/kl": "KL to sft, nats per response",
+}
+
+
+def figure(plt):
+    """Draw figure (C): score, gold and KL of the PPO runs with and without the KL penalty."""
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    for (label, seeds), colour in zip(runs.items(), ("tab:blue", "tab:red")):
-        for n, rows in enumerate(seeds.values()):
-            x = [r["update"] for r in rows]
-            for ax, key in zip(axes, ("objective/scores", "objective/gold", "objective/kl")):
-                ax.plot(x, smooth([r[key] for r in rows]), color=colour, alpha=0.8, lw=1.3, label=label if n == 0 else None)
-    for ax, title in zip(axes, ("reward model's score (what PPO sees)", "gold score of the same answers (what is true)", "KL to sft, nats per answer")):
+    for stage, label, colour in (("ppo-long", "default beta 0.1", "tab:blue"),
+                                 ("ppo-beta-0", "beta 0", "tab:red")):
+        for rows in load(stage).values():
+            updates = [row["update"] for row in rows]
+            for ax, key in zip(axes, PANELS):
+                values = smooth([row[key] for row in rows])
+                ax.plot(updates, values, color=colour, alpha=0.8, lw=1.3, label=label)
+    for ax, title in zip(axes, PANELS.values()):
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("PPO update")
         ax.grid(alpha=0.3)
@@ -125,19 +250,18 @@ def figures(plt):
 
 
 def main():
-    parts = [("(A) gold grades of held-out prompts, three seeds: mean (lowest to highest)", table_a(load("eval"))),
-             ("(B) the reward model", table_b(load("reward"))),
-             ("(D) Self-Instruct", table_d(load("self_instruct"), load("self_instruct-paper"))),
-             ("(E) Self-rewarding", table_e(["main", "update-sft", "pairs-gold", "pairs-random", "frozen-judge", "no-replay", "halo"]))]
-    (HERE / "tables.md").write_text("\n\n".join(f"{title}\n\n{text}" for title, text in parts) + "\n")
-    print((HERE / "tables.md").read_text())
+    made = tables()
+    write_tables(made)
+    for name, table in made.items():
+        print(f"({name})\n\n{table}\n")
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
     except ImportError:
-        return print("no figures: pip install matplotlib")
-    figures(plt)
+        print("no figure: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure(plt)
 
 
 if __name__ == "__main__":

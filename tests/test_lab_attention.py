@@ -1,4 +1,4 @@
-"""lab/attention.py: what each model sees, how it is tested, and a verdict that follows the numbers."""
+"""lab/attention.py: what each model sees and is asked, and a verdict that follows the numbers."""
 import random
 
 import pytest

@@ -1,4 +1,4 @@
-"""lab/icl.py: what the pages show, how labels are scored, and a verdict that follows the numbers."""
+"""lab/icl.py: what pages show, how labels are scored, and a verdict that follows the numbers."""
 import random
 
 import pytest
