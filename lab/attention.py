@@ -40,31 +40,25 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 from data import corpus
+from data.text import document_odds, draw_documents, pack, read_corpus
+from data.tokenizer import SPECIAL, get_tokenizer
 from lab.cot import spread
+from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
+from scaffold.optim import adamw, lr_at
+from scaffold.run import log_metrics, set_seed, take_step
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run, whose data are read"
-    steps: int = 1000
-    "optimizer steps of each model"
-    batch_tokens: int = 512
-    "tokens per step"
-    n_embd: int = 64
-    "width of both models; two layers, four heads"
-    lr: float = 4e-3
-    "peak learning rate, the same for both"
-    hide: float = 0.4
-    "share of tokens that the bidirectional model must guess; BERT: 0.15, more teaches a small model faster"
-    n: int = 200
-    "held-out documents"
-    seeds: int = 3
-    "repetitions: initial weights, order of the documents and held-out words; the table has mean and range"
-    seed: int = 0
-    "first seed"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    steps: int = 1000            # optimizer steps of each model
+    batch_tokens: int = 512      # tokens per step
+    n_embd: int = 64             # width of both models; two layers, four heads
+    lr: float = 4e-3             # peak learning rate, the same for both
+    hide: float = 0.4            # share of tokens that the bidirectional model must guess; BERT
+                                 # used 0.15, more teaches a small model faster
+    n: int = 200                 # held-out documents
+    seeds: int = 3               # repetitions with their own weights, order and held-out words
+    seed: int = 0                # first seed
 
 
 T = 64                                      # context of both; longer documents are cut into windows
@@ -92,7 +86,7 @@ def hidden(model, ids, segments, causal):
 
 def logits_of(model, ids, causal):
     """(B, T) -> (B, T, V) for one document per row, without padding."""
-    return F.linear(hidden(model, ids, torch.ones_like(ids), causal), model.wte.weight)
+    return model.unembed(hidden(model, ids, torch.ones_like(ids), causal))
 
 
 def hide_tokens(ids, real, share, mask_id, V, rng):
@@ -112,7 +106,7 @@ def masked_lm_loss(model, ids, segments, shown, chosen):
     """Return the cross-entropy of the chosen tokens of packed rows, all (B, T), seen as `shown`."""
     device = model.wte.weight.device
     states = hidden(model, shown.to(device), segments.to(device), causal=False)    # (B, T, C)
-    logits = F.linear(states[chosen.to(device)], model.wte.weight)                 # (N, V)
+    logits = model.unembed(states[chosen.to(device)])                              # (N, V)
     return F.cross_entropy(logits.float(), ids[chosen].to(device))
 
 
@@ -120,30 +114,30 @@ def train(causal, sources, enc, cfg, seed, device):
     """Return a GPT after cfg.steps steps of next-token prediction, or of guessing hidden tokens."""
     torch.manual_seed(seed)
     model = gpt.GPT(gpt.GPTConfig(enc.n_vocab, T, 2, 4, cfg.n_embd)).to(device)
-    optimizer = gpt.adamw(model, cfg.lr, 0.01)
-    odds = gpt.document_odds(sources, T)
+    optimizer = adamw(model, cfg.lr, 0.01)
+    odds = document_odds(sources, T)
     rng = random.Random(seed)
     mask_rng = torch.Generator().manual_seed(seed)
     mask_id = mask_token(enc)
     name = "causal" if causal else "bidirectional"
     bar = tqdm(range(cfg.steps), desc=f"{name}, seed {seed}", mininterval=1)
     for step in bar:
-        documents, _ = gpt.draw_documents(sources, odds, cfg.batch_tokens, T, rng)
-        ids, segments = gpt.pack(documents, T)                                 # (B, T) each
+        documents, _ = draw_documents(sources, odds, cfg.batch_tokens, T, rng)
+        ids, segments = pack(documents, T)                                 # (B, T) each
         if causal:
             loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
         else:
-            n_words = len(enc._mergeable_ranks)
+            n_words = enc.n_vocab - len(SPECIAL)
             shown, chosen = hide_tokens(ids, segments > 0, cfg.hide, mask_id, n_words, mask_rng)
             loss = masked_lm_loss(model, ids, segments, shown, chosen)
-        gpt.take_step(loss, optimizer, model, gpt.lr_at(step, cfg.steps, cfg.lr))
+        take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr))
         bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
 
 
 def mask_token(enc):
     """Return the id that stands for a hidden token: no document of the village has <|system|>."""
-    return enc._special_tokens["<|system|>"]
+    return enc.encode_single_token("<|system|>")
 
 
 def is_word(enc, token):
@@ -166,10 +160,10 @@ def draw_gaps(sources, enc, n, rng):
     gaps = []
     candidates = set()
     names = list(sources)
-    odds = gpt.document_odds(sources, T)
+    odds = document_odds(sources, T)
     while len(gaps) < n:
         name = rng.choices(names, odds)[0]
-        document = rng.choice(sources[name][1])[:T].tolist()
+        document = rng.choice(sources[name].val)[:T].tolist()
         words = [t for t, token in enumerate(document) if is_word(enc, token)]
         candidates |= {document[t] for t in words}
         first = len(document) // 3
@@ -264,24 +258,24 @@ def print_table(runs):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "steps", "batch_tokens", "n_embd", "n", "seeds")
-    gpt.require(cfg, 0, "lr", most=10)
-    gpt.require(cfg, 0.01, "hide", most=1)
-    device = gpt.pick_device(cfg.device)
-    out = gpt.run_folder(cfg.out)
-    enc = gpt.get_tokenizer()
+    require(cfg, 1, "steps", "batch_tokens", "n_embd", "n", "seeds")
+    require(cfg, 0, "lr", most=10)
+    require(cfg, 0.01, "hide", most=1)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
+    enc = get_tokenizer()
     folder = corpus.ensure(out / "data", cfg.seed) / "pretrain"
-    sources = gpt.read_corpus(folder, enc, T, gpt.Config.val_fraction)
+    sources = read_corpus(folder, enc, T, gpt.Config.val_fraction)
     runs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        gpt.set_seed(seed)
+        set_seed(seed)
         gaps, candidates = draw_gaps(sources, enc, cfg.n, random.Random(seed))
         run = {}
         for name, causal in MODELS.items():
             model = train(causal, sources, enc, cfg, seed, device)
             run[name] = measure(model, causal, gaps, candidates, mask_token(enc))
         runs.append(run)
-        gpt.log_metrics(out / "lab-attention.jsonl", seed=seed, steps=cfg.steps,
+        log_metrics(out / "lab-attention.jsonl", seed=seed, steps=cfg.steps,
                         words=len(candidates), **run)
     print(f"{cfg.n} held-out documents, {len(candidates)} words to choose from, "
           f"{cfg.steps * cfg.batch_tokens:,} tokens each, {cfg.seeds} seeds")
@@ -290,4 +284,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

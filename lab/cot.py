@@ -38,31 +38,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import corpus, village
-from run import announce
+from data.formats import load_chats, read_records
+from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
+from scaffold.run import ensure_stage, log_metrics, set_seed
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run; every copy starts from its gpt.pt"
-    tokens: int = 150_000
-    "tokens of sums in one epoch"
-    demos: int = 2000
-    "demonstrations of the usual tasks among them"
-    epochs: int = 2
-    "passes over both"
-    lr: float = 2e-3
-    "peak learning rate, cosine to a tenth; arithmetic is new to the model and needs more than sft.py's"
-    batch_tokens: int = 512
-    "tokens per step, padding included; sums are learned best in many small steps"
-    n: int = 200
-    "held-out sums in all"
-    seeds: int = 3
-    "repetitions, each with its own sums, held-out sets and order; the table has mean and range"
-    seed: int = 0
-    "first seed"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    tokens: int = 150_000        # tokens of sums in one epoch
+    demos: int = 2000            # demonstrations of the usual tasks among them
+    epochs: int = 2              # passes over both
+    lr: float = 2e-3             # peak learning rate, cosine to a tenth; twice that of sft.py,
+                                 # because arithmetic is new to the model
+    batch_tokens: int = 512      # tokens per step, padding included; sums need many small steps
+    n: int = 200                 # held-out sums, a third of each size
+    seeds: int = 3               # repetitions with their own sums, held-out sets and order
+    seed: int = 0                # first seed
 
 
 PRICE = {food: int(price) for food, price in village.FACTS["price"].items()}
@@ -151,19 +142,6 @@ def all_training_sums(enc, seed, tokens):
     }
 
 
-def base_model(cfg, name="gpt.pt"):
-    """Train OUT/gpt.pt or OUT/sft.pt if it is missing; return a function that loads a fresh copy.
-
-    The function returns (model, tokenizer).
-    """
-    path = gpt.run_folder(cfg.out) / name
-    stage = {"gpt.pt": gpt, "sft.pt": sft}[name]
-    if not path.exists():
-        announce(path, "training it", False)
-        stage.main(stage.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
-    return lambda: gpt.load_model(path, gpt.pick_device(cfg.device))[:2]
-
-
 def mean(values):
     return sum(values) / len(values)
 
@@ -179,7 +157,7 @@ def spread(values, digits=2):
 def respond(model, enc, problems):
     """Return greedy responses to the prompts of Sums."""
     prompts = [chat_of(problem, steps=False)[:1] for problem in problems]
-    return sft.reply(model, enc, prompts, 48, temperature=0)
+    return sft.sample_responses(model, enc, prompts, 48, temperature=0)
 
 
 def are_right(problems, responses):
@@ -200,9 +178,9 @@ def measure(model, enc, seen, new, usual, val_examples, seed):
     row["new_sums"] = mean(right)
     for size in SIZES:
         row[f"new_of_{size}"] = mean([r for p, r in zip(new, right) if len(p.foods) == size])
-    usual_responses = sft.reply(model, enc, [r["prompt"] for r in usual], 64, seed=seed)
+    usual_responses = sft.sample_responses(model, enc, [r["prompt"] for r in usual], 64, seed=seed)
     row["gold"] = mean([village.gold(r["task"], x) for r, x in zip(usual, usual_responses)])
-    row["loss"] = sft.evaluate(model, val_examples, model.wte.weight.device)
+    row["loss"] = sft.val_loss(model, val_examples, model.wte.weight.device)
     row["sample"] = f"{new[-1].prompt} {responses[-1]}"
     return row
 
@@ -237,15 +215,17 @@ def print_table(rows):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "tokens", "demos", "epochs", "batch_tokens", "n", "seeds")
-    gpt.require(cfg, 0, "lr", most=10)
-    load = base_model(cfg)
-    model, enc = load()
+    require(cfg, 1, "tokens", "demos", "epochs", "batch_tokens", "n", "seeds")
+    require(cfg, 0, "lr", most=10)
+    out = run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    ensure_stage(out / "gpt.pt", gpt, cfg)
+    model, enc, _ = gpt.load_model(out / "gpt.pt", device)
     T = model.config.block_size
-    folder = corpus.ensure(Path(cfg.out) / "data", cfg.seed)
-    demos = sft.load_chats(folder / "sft_train.jsonl")
-    val_examples = sft.tokenize(sft.load_chats(folder / "sft_val.jsonl"), enc, T)
-    usual = [record for _, record in sft.read_records(folder / "prompts_val.jsonl")]
+    folder = corpus.ensure(out / "data", cfg.seed)
+    demos = load_chats(folder / "sft_train.jsonl")
+    val_examples = sft.tokenize(load_chats(folder / "sft_val.jsonl"), enc, T)
+    usual = [record for _, record in read_records(folder / "prompts_val.jsonl")]
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         rng = random.Random(seed)
@@ -255,21 +235,21 @@ def main(cfg):
         seen = [draw_sum(rng, size, seed, test=False) for size in sizes]
         sums = all_training_sums(enc, seed, cfg.tokens)
         for name, title in VARIANTS.items():
-            gpt.set_seed(seed)
-            model, _ = load()
+            set_seed(seed)
+            model, _, _ = gpt.load_model(out / "gpt.pt", device)
             chats = sums[name] + chosen
             examples = sft.tokenize(chats, enc, T)
-            tuning = sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, "cot")
-            for epoch in tuning:
+            for epoch in sft.fine_tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed,
+                                       name):
                 print(f"seed {seed}, {title}: epoch {epoch} done", flush=True)
             n_tokens = cfg.epochs * count_tokens(chats, enc)
             row = {"run": name, "seed": seed, "sums": len(sums[name]), "tokens": n_tokens}
             row |= measure(model, enc, seen, new, usual, val_examples, seed)
             rows.append(row)
-            gpt.log_metrics(Path(cfg.out) / "lab-cot.jsonl", fresh=len(rows) == 1, **row)
+            log_metrics(out / "lab-cot.jsonl", fresh=len(rows) == 1, **row)
     print_table(rows)
     print(f"\n{verdict(rows)}")
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

@@ -19,7 +19,6 @@ Two minutes on two CPU cores. Needs OUT/sft.pt and trains it first if it is miss
 Read next: ../reward.py.
 """
 import itertools
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,32 +27,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import village
-from lab.cot import base_model, mean, spread
+from data.text import checkpoint_text
+from lab.cot import mean, spread
 from lab.templates import demonstrations, grade, new_tasks
+from scaffold.cli import BaseConfig, choose, pick_device, require, run_folder, start
+from scaffold.run import ensure_stage, log_metrics, set_seed
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run; both copies start from its sft.pt"
-    task: str = "rewrite"
-    "the use case that one copy is tuned on alone"
-    tokens: int = 8000
-    "tokens of demonstrations in one epoch; a few hundred demonstrations, as people collect for one task"
-    epochs: int = 16
-    "passes over them"
-    lr: float = 1e-3
-    "peak learning rate, cosine to a tenth; the same as sft.py's"
-    batch_tokens: int = 1024
-    "tokens per step, padding included"
-    n: int = 100
-    "new prompts of the task, and as many of all others together"
-    seeds: int = 3
-    "repetitions, each with its own demonstrations and prompts; the table has mean and range"
-    seed: int = 0
-    "first seed"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    task: str = "rewrite"        # the use case that one copy is tuned on alone
+    tokens: int = 8000           # tokens of demonstrations in one epoch: a few hundred of them, as
+                                 # people collect for one task
+    epochs: int = 16             # passes over them
+    lr: float = 1e-3             # peak learning rate, cosine to a tenth; the same as sft.py's
+    batch_tokens: int = 1024     # tokens per step, padding included
+    n: int = 100                 # new prompts of the task, and as many of all others together
+    seeds: int = 3               # repetitions with their own demonstrations and prompts
+    seed: int = 0                # first seed
 
 
 VARIANTS = {"one": "one task", "all": "all tasks"}
@@ -115,17 +106,17 @@ def print_table(rows, task, epochs):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "tokens", "epochs", "batch_tokens", "n", "seeds")
-    gpt.require(cfg, 0, "lr", most=10)
-    if cfg.task not in village.SHARES:
-        raise gpt.UserError(f"--task {cfg.task}: choose one of {', '.join(village.SHARES)}")
-    load = base_model(cfg, "sft.pt")
-    model, enc = load()
-    device = model.wte.weight.device
+    require(cfg, 1, "tokens", "epochs", "batch_tokens", "n", "seeds")
+    require(cfg, 0, "lr", most=10)
+    choose(cfg, "task", *village.SHARES)
+    out = run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    ensure_stage(out / "sft.pt", sft, cfg)
+    model, enc, _ = gpt.load_model(out / "sft.pt", device)
     T = model.config.block_size
-    text = gpt.corpus_of(Path(cfg.out) / "gpt.pt", enc, T)
+    text = checkpoint_text(out / "gpt.pt", enc, T)
     other_uses = [use for use in village.SHARES if use != cfg.task]
-    epochs = [0] + measured_epochs(cfg.epochs)
+    measured = [0] + measured_epochs(cfg.epochs)
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         tasks = new_tasks(cfg.n, seed, None, cfg.task)
@@ -133,22 +124,23 @@ def main(cfg):
         for use in other_uses:
             others += new_tasks(cfg.n // len(other_uses) + 1, seed, None, use)
         for name, title in VARIANTS.items():
-            gpt.set_seed(seed)
-            model, _ = load()
+            set_seed(seed)
+            model, _, _ = gpt.load_model(out / "sft.pt", device)
             use = cfg.task if name == "one" else None
             examples = sft.tokenize(demonstrations(enc, [0, 1, 2], cfg.tokens, seed, use), enc, T)
-            tuning = sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, title)
-            for epoch in itertools.chain([0], tuning):      # 0: before the first step
-                if epoch not in epochs:
+            epochs = sft.fine_tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed,
+                                   name)
+            for epoch in itertools.chain([0], epochs):      # 0: before the first step
+                if epoch not in measured:
                     continue
                 row = {"run": name, "seed": seed, "epoch": epoch}
                 row |= measure(model, enc, tasks, others, text, device)
                 rows.append(row)
-                gpt.log_metrics(Path(cfg.out) / "lab-forgetting.jsonl", fresh=len(rows) == 1, **row)
+                log_metrics(out / "lab-forgetting.jsonl", fresh=len(rows) == 1, **row)
                 print(f"seed {seed}, {title}, epoch {epoch}: done", flush=True)
-    print_table(rows, cfg.task, epochs)
+    print_table(rows, cfg.task, measured)
     print(f"\n{verdict(rows)}")
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

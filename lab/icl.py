@@ -41,30 +41,26 @@ from typing import Callable, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import dpo
 import gpt
 import sft
+from data.text import pack
+from data.tokenizer import end_of
 from data.village import FACTS, GOOD_MOODS, RUDE_LINES, WORDS
-from lab.cot import base_model, mean, spread
+from lab.cot import mean, spread
+from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
+from scaffold.optim import adamw, lr_at
+from scaffold.run import ensure_stage, log_metrics, set_seed, take_step
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run; its gpt.pt is prompted"
-    n: int = 64
-    "queries per task, each with its own examples"
-    read_on: int = 400
-    "steps that the copy trains on pages of other tasks; 0 leaves the copy out"
-    lr: float = 5e-4
-    "peak learning rate of these steps"
-    batch_tokens: int = 1024
-    "tokens per step"
-    seeds: int = 3
-    "repetitions, each with its own queries and examples; the table has mean and range"
-    seed: int = 0
-    "first seed"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    n: int = 64                  # queries per task, each with its own examples
+    read_on: int = 400           # steps that the copy trains on pages of other tasks; 0: no copy
+    lr: float = 5e-4             # peak learning rate of these steps
+    batch_tokens: int = 1024     # tokens per step
+    seeds: int = 3               # repetitions with their own queries and examples
+    seed: int = 0                # first seed
 
 
 SHOTS = (0, 1, 2, 4, 8)
@@ -166,31 +162,24 @@ def page(kind, shots, name, query, rng):
     return "".join(write(*example) for example in examples[:shots]) + query
 
 
-@torch.no_grad()
-def likeliest(model, enc, prompts, labels, device, batch=256):
+def likeliest(model, enc, prompts, labels):
     """Return for each prompt the label with the highest log p(label and its full stop | prompt)."""
-    rows = []
+    examples = []
     for prompt in prompts:
         start = enc.encode_ordinary(prompt)
         for label in labels:
             new = enc.encode_ordinary(label + ".")
             mask = [0] * len(start) + [1] * len(new)
-            rows.append((torch.tensor(start + new), torch.tensor(mask)))
-    scores = []
-    for i in range(0, len(rows), batch):
-        ids, mask = sft.collate(rows, range(i, min(i + batch, len(rows))))     # (B, T) each
-        ids, mask = ids.to(device), mask.to(device)
-        logprobs = gpt.token_logprobs(model, ids) * mask[:, 1:]                # (B, T-1)
-        scores.append(logprobs.sum(1).cpu())                                   # (B,)
-    best = torch.cat(scores).view(len(prompts), len(labels)).argmax(1)         # (N,)
-    return [labels[i] for i in best.tolist()]
+            examples.append(sft.Example(torch.tensor(start + new), torch.tensor(mask)))
+    logprobs = dpo.all_logprobs(model, examples).view(len(prompts), len(labels))
+    return [labels[i] for i in logprobs.argmax(1).tolist()]
 
 
 def generated(model, enc, prompts):
     """Return what greedy decoding writes up to the end of the line, without the full stop."""
     ids = [enc.encode_ordinary(prompt) for prompt in prompts]
-    new = gpt.generate(model, ids, 12, temperature=0, stop=gpt.end_of(enc))
-    texts = [enc.decode([i for i in row if i < len(enc._mergeable_ranks)]) for row in new]
+    new = gpt.generate(model, ids, 12, temperature=0, stop=end_of(enc))
+    texts = [enc.decode([i for i in row if not enc.is_special_token(i)]) for row in new]
     return [text.split("\n")[0].removesuffix(".") for text in texts]
 
 
@@ -199,7 +188,7 @@ def read_on(model, enc, cfg, seed):
     rng = random.Random(seed)
     device = model.wte.weight.device
     T = model.config.block_size
-    optimizer = gpt.adamw(model, cfg.lr)
+    optimizer = adamw(model, cfg.lr)
     model.train()
     for step in range(cfg.read_on):
         documents = []
@@ -207,16 +196,16 @@ def read_on(model, enc, cfg, seed):
         while n_tokens < cfg.batch_tokens:
             task = READ[rng.choice(list(READ))]
             text = "".join(line(*task.draw(rng)) for _ in range(rng.randint(2, 9)))
-            ids = enc.encode_ordinary(text) + [gpt.end_of(enc)]
+            ids = enc.encode_ordinary(text) + [end_of(enc)]
             documents.append(torch.tensor(ids[:T]))
             n_tokens += len(documents[-1])
-        ids, segments = gpt.pack(documents, T)                                 # (B, T) each
+        ids, segments = pack(documents, T)                                 # (B, T) each
         loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
-        gpt.take_step(loss, optimizer, model, gpt.lr_at(step, cfg.read_on, cfg.lr))
+        take_step(loss, optimizer, model, lr_at(step, cfg.read_on, cfg.lr))
     model.eval()
 
 
-def measure(model, enc, cfg, seed, device):
+def measure(model, enc, cfg, seed):
     """Return rows with the accuracies of each task, page and number of shots.
 
     All rows of a task share the queries.
@@ -230,7 +219,7 @@ def measure(model, enc, cfg, seed, device):
             for shots in SHOTS if kind == "right" else SHOTS[1:]:    # 0 shots: all pages are equal
                 prompts = [page(kind, shots, name, query, random.Random(f"{seed} page {i}"))
                            for i, query in enumerate(queries)]
-                likely = likeliest(model, enc, prompts, task.labels, device)
+                likely = likeliest(model, enc, prompts, task.labels)
                 written = generated(model, enc, prompts)
                 rows.append({
                     "task": name, "page": kind, "shots": shots, "chance": 1 / len(task.labels),
@@ -302,22 +291,23 @@ def print_tables(rows, models):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "n", "batch_tokens", "seeds")
-    gpt.require(cfg, 0, "read_on")
-    gpt.require(cfg, 0, "lr", most=10)
-    load = base_model(cfg)
-    device = gpt.pick_device(cfg.device)
+    require(cfg, 1, "n", "batch_tokens", "seeds")
+    require(cfg, 0, "read_on")
+    require(cfg, 0, "lr", most=10)
+    out = run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    ensure_stage(out / "gpt.pt", gpt, cfg)
     models = ["base", "read on"] if cfg.read_on else ["base"]
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        gpt.set_seed(seed)
-        model, enc = load()
+        set_seed(seed)
+        model, enc, _ = gpt.load_model(out / "gpt.pt", device)
         for name in models:
             if name == "read on":
                 read_on(model, enc, cfg, seed)
-            for row in measure(model, enc, cfg, seed, device):
+            for row in measure(model, enc, cfg, seed):
                 rows.append({"model": name, "seed": seed} | row)
-                gpt.log_metrics(Path(cfg.out) / "lab-icl.jsonl", fresh=len(rows) == 1, **rows[-1])
+                log_metrics(out / "lab-icl.jsonl", fresh=len(rows) == 1, **rows[-1])
             print(f"seed {seed}, {name}: done", flush=True)
     print_tables(rows, models)
     print()
@@ -327,4 +317,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

@@ -32,26 +32,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt
 import reward
 from data import labelers, village
+from data.formats import load_comparisons
+from data.rankings import pair_accuracy
 from lab.cot import mean, spread
-from run import announce
+from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
+from scaffold.run import ensure_stage, log_metrics
 from self_instruct import rouge_l
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run"
-    n: int = 300
-    "ranked prompts, and made pairs of each kind"
-    seeds: int = 3
-    "sets of references and of made pairs; the table has mean and range"
-    seed: int = 0
-    "of the run, if it has to be made, and of the first set"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    n: int = 300                 # ranked prompts, and made pairs of each kind
+    seeds: int = 3               # repetitions with their own references and made pairs
+    seed: int = 0                # first seed, and that of the run if it has to be made
 
 
 MADE = {                                    # kind of made pair -> the use case of its tasks
@@ -172,7 +167,7 @@ def judge(records, rewards, rng):
     graded = [i for i, row in enumerate(golds) if len(set(row)) > 1]
     agreement = {}
     for name in names:
-        accuracy, _ = reward.pair_accuracy(scores[name], gold_ranks)
+        accuracy, _ = pair_accuracy(scores[name], gold_ranks)
         correlation = mean([spearman(scores[name][i], golds[i]) for i in graded])
         agreement[name] = Agreement(accuracy, correlation)
     return agreement
@@ -181,7 +176,7 @@ def judge(records, rewards, rng):
 def share_right(scores):
     """Return how often the right response scores higher, from [right, wrong, right, wrong, ...]."""
     pairs = list(zip(scores[::2], scores[1::2]))
-    return reward.pair_accuracy(pairs, [(1, 2)] * len(pairs))[0]        # a tie counts half
+    return pair_accuracy(pairs, [(1, 2)] * len(pairs))[0]        # a tie counts half
 
 
 def judge_made(n, model, enc, rng):
@@ -202,7 +197,7 @@ def judge_made(n, model, enc, rng):
                 prompts.append(pair.prompt)
                 responses.append(response)
                 overlaps.append(rouge_l(pair.reference, response))
-        rewards = reward.score_answers(model, enc, prompts, responses)
+        rewards = reward.score_responses(model, enc, prompts, responses)
         choices[kind] = Choices(share_right(overlaps), share_right(rewards))
     return choices
 
@@ -243,24 +238,22 @@ def print_tables(runs, made):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "n", "seeds")
-    device = gpt.pick_device(cfg.device)
-    out = gpt.run_folder(cfg.out)
-    if not (out / "reward.pt").exists():
-        announce(out / "reward.pt", "training it", False)
-        reward.main(reward.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+    require(cfg, 1, "n", "seeds")
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
+    ensure_stage(out / "reward.pt", reward, cfg)
     model, enc = reward.load_reward(out / "reward.pt", device)
-    records = reward.load_comparisons(labelers.ensure(out, cfg.seed, cfg.device)[1])[:cfg.n]
+    records = load_comparisons(labelers.ensure(out, cfg.seed, cfg.device)[1])[:cfg.n]
     prompts = [r["prompt"] for r in records for _ in r["responses"]]
     responses = [response for r in records for response in r["responses"]]
-    rewards = reward.score_answers(model, enc, prompts, responses)
+    rewards = reward.score_responses(model, enc, prompts, responses)
     runs = []
     made = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         rng = random.Random(seed)
         runs.append(judge(records, rewards, rng))
         made.append(judge_made(cfg.n, model, enc, rng))
-        gpt.log_metrics(out / "lab-rouge.jsonl", seed=seed, judges=runs[-1], made=made[-1])
+        log_metrics(out / "lab-rouge.jsonl", seed=seed, judges=runs[-1], made=made[-1])
     print(f"{len(records)} prompts of held-out users, {len(responses):,} responses, "
           f"{cfg.seeds} sets of references")
     print_tables(runs, made)
@@ -271,4 +264,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

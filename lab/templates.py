@@ -30,29 +30,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import village
-from lab.cot import base_model, count_tokens, mean, spread
+from lab.cot import count_tokens, mean, spread
+from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
+from scaffold.run import ensure_stage, log_metrics, set_seed
 
 
 @dataclass
-class Config:
-    out: str = "out"
-    "folder of the run; every copy starts from its gpt.pt"
-    tokens: int = 120_000
-    "tokens of demonstrations in one epoch"
-    epochs: int = 2
-    "passes over them"
-    lr: float = 1e-3
-    "peak learning rate, cosine to a tenth; the same as sft.py's"
-    batch_tokens: int = 1024
-    "tokens per step, padding included"
-    n: int = 200
-    "new tasks, each in all four phrasings"
-    seeds: int = 3
-    "repetitions, each with its own demonstrations and tasks; the table has mean and range"
-    seed: int = 0
-    "first seed"
-    device: str = "auto"
-    "auto (cuda if there is one, else cpu), cpu, cuda or mps"
+class Config(BaseConfig):
+    tokens: int = 120_000        # tokens of demonstrations in one epoch
+    epochs: int = 2              # passes over them
+    lr: float = 1e-3             # peak learning rate, cosine to a tenth; the same as sft.py's
+    batch_tokens: int = 1024     # tokens per step, padding included
+    n: int = 200                 # new tasks, each in all four phrasings
+    seeds: int = 3               # repetitions with their own demonstrations and tasks
+    seed: int = 0                # first seed
 
 
 PHRASINGS = range(4)
@@ -102,7 +93,7 @@ def new_tasks(n, seed, phrasing, use=None):
 
 def grade(model, enc, tasks):
     """Return the mean gold grade of greedy responses to pairs (task, prompt)."""
-    responses = sft.reply(model, enc, [prompt for _, prompt in tasks], 64, temperature=0)
+    responses = sft.sample_responses(model, enc, [prompt for _, prompt in tasks], 64, temperature=0)
     return mean([village.gold(task, response) for (task, _), response in zip(tasks, responses)])
 
 
@@ -140,27 +131,29 @@ def print_table(rows):
 
 
 def main(cfg):
-    gpt.require(cfg, 1, "tokens", "epochs", "batch_tokens", "n", "seeds")
-    gpt.require(cfg, 0, "lr", most=10)
-    load = base_model(cfg)
+    require(cfg, 1, "tokens", "epochs", "batch_tokens", "n", "seeds")
+    require(cfg, 0, "lr", most=10)
+    out = run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    ensure_stage(out / "gpt.pt", gpt, cfg)
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name, phrasings in VARIANTS.items():
-            gpt.set_seed(seed)
-            model, enc = load()
+            set_seed(seed)
+            model, enc, _ = gpt.load_model(out / "gpt.pt", device)
             chats = demonstrations(enc, phrasings, cfg.tokens, seed)
             examples = sft.tokenize(chats, enc, model.config.block_size)
-            tuning = sft.tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed, name)
-            for epoch in tuning:
+            for epoch in sft.fine_tune(model, examples, cfg.epochs, cfg.batch_tokens, cfg.lr, seed,
+                                       name):
                 print(f"seed {seed}, {name}: epoch {epoch} done", flush=True)
             row = {"run": name, "seed": seed, "demonstrations": len(chats)}
             for p in PHRASINGS:
                 row[f"phrasing_{p}"] = grade(model, enc, new_tasks(cfg.n, seed, p))
             rows.append(row)
-            gpt.log_metrics(Path(cfg.out) / "lab-templates.jsonl", fresh=len(rows) == 1, **row)
+            log_metrics(out / "lab-templates.jsonl", fresh=len(rows) == 1, **row)
     print_table(rows)
     print(f"\n{verdict(rows)}")
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

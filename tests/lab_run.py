@@ -5,8 +5,17 @@ import torch
 
 import gpt
 from data import corpus
+from data.tokenizer import get_tokenizer
 
-ENC = gpt.get_tokenizer()
+ENC = get_tokenizer()
+
+
+class Started(Exception):
+    """Raised in place of a stage's main; its argument is the Config."""
+
+
+def start(cfg):
+    raise Started(cfg)
 
 
 def make_run(out):

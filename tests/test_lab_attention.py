@@ -6,6 +6,8 @@ import torch
 
 import gpt
 from data import corpus
+from data.text import Source, pack, read_corpus
+from data.tokenizer import end_of
 from lab import attention
 from lab_run import ENC, read_rows
 
@@ -52,7 +54,7 @@ def test_a_causal_token_sees_its_left_and_a_bidirectional_token_sees_all(causal)
 def test_packed_documents_do_not_see_each_other(causal):
     model = tiny()
     documents = [torch.randint(0, 500, (n,)) for n in (5, 11, 3, 20)]
-    ids, segments = gpt.pack(documents, 40)
+    ids, segments = pack(documents, 40)
     states = attention.hidden(model, ids, segments, causal)
     remaining = iter(documents)
     for row, segment in zip(states, segments):
@@ -110,8 +112,8 @@ def test_best_fit_is_the_candidate_of_the_likeliest_document():
 
 def test_gaps_are_words_in_the_middle_of_held_out_documents(tmp_path):
     corpus.write(tmp_path, seed=1, megabytes=0.2)
-    sources = gpt.read_corpus(tmp_path / "pretrain", ENC, attention.T, 0.2)
-    held_out = {tuple(d[:attention.T].tolist()) for _, val, _ in sources.values() for d in val}
+    sources = read_corpus(tmp_path / "pretrain", ENC, attention.T, 0.2)
+    held_out = {tuple(d[:attention.T].tolist()) for s in sources.values() for d in s.val}
     gaps, candidates = attention.draw_gaps(sources, ENC, 40, random.Random(0))
     assert len(gaps) == 40
     for document, place in gaps:
@@ -127,8 +129,8 @@ def test_gaps_are_words_in_the_middle_of_held_out_documents(tmp_path):
 def learnt_document():
     """Return a document, sources that hold nothing else, and a Gap in its middle."""
     text = "Tom has a red boat and Ann has a blue kite in the old barn."
-    document = torch.tensor(ENC.encode_ordinary(text) + [gpt.end_of(ENC)])
-    sources = {"one": ([document], [document], 1.0)}
+    document = torch.tensor(ENC.encode_ordinary(text) + [end_of(ENC)])
+    sources = {"one": Source([document], [document], weight=1.0)}
     place = next(t for t in range(5, 12) if attention.is_word(ENC, document[t].item()))
     return document.tolist(), sources, attention.Gap(document.tolist(), place)
 

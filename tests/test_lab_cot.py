@@ -8,7 +8,7 @@ import torch
 import gpt
 import sft
 from lab import cot
-from lab_run import ENC, make_run, read_rows
+from lab_run import ENC, Started, make_run, read_rows, start
 
 FOODS = "cake bread soup cheese honey jam milk tea".split()
 PRICES = dict(zip(FOODS, [9, 4, 5, 7, 8, 3, 1, 2]))
@@ -140,11 +140,11 @@ def test_fine_tuning_yields_after_every_epoch_and_learns():
     model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 32, 1, 2, 16)).eval()
     sums = [cot.make_sum(random.Random(i), 2) for i in range(20)]
     examples = sft.tokenize([{"messages": cot.chat_of(s, False)} for s in sums], ENC, 32)
-    losses = [sft.evaluate(model, examples, torch.device("cpu"))]
-    for epoch in sft.tune(model, examples, 3, 128, 1e-2, 0):
+    losses = [sft.val_loss(model, examples, torch.device("cpu"))]
+    for epoch in sft.fine_tune(model, examples, 3, 128, 1e-2, 0):
         assert epoch == len(losses)
         assert not model.training
-        losses.append(sft.evaluate(model, examples, torch.device("cpu")))
+        losses.append(sft.val_loss(model, examples, torch.device("cpu")))
     assert len(losses) == 4
     assert losses[0] > losses[1] > losses[2] > losses[3]
 
@@ -170,11 +170,10 @@ def test_it_runs_and_logs(tmp_path, capsys):
     assert "the claim does not hold here" in printed
 
 
-@pytest.mark.parametrize("name, stage", [("gpt.pt", gpt), ("sft.pt", sft)])
-def test_a_missing_checkpoint_is_trained_first(name, stage, tmp_path, monkeypatch, capsys):
-    trained = []
-    monkeypatch.setattr(stage, "main", lambda cfg: trained.append((cfg.out, cfg.seed, cfg.device)))
-    cfg = cot.Config(out=str(tmp_path / "new"), seed=3, device="cpu")
-    cot.base_model(cfg, name)
-    assert trained == [(cfg.out, 3, "cpu")]
-    assert f"{name} is missing" in capsys.readouterr().out
+def test_a_missing_checkpoint_is_trained_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "main", start)
+    with pytest.raises(Started) as started:
+        cot.main(cot.Config(out=str(tmp_path / "new"), seed=3, device="cpu"))
+    stage = started.value.args[0]
+    assert (stage.out, stage.seed, stage.device) == (str(tmp_path / "new"), 3, "cpu")
+    assert "gpt.pt is missing" in capsys.readouterr().out

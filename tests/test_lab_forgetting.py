@@ -1,10 +1,11 @@
 """lab/forgetting.py: the two copies are comparable, and the verdict follows the numbers."""
 import pytest
 
-import gpt
+import sft
 from data import village
 from lab import cot, forgetting, templates
-from lab_run import ENC, make_run, read_rows
+from lab_run import ENC, Started, make_run, read_rows, start
+from scaffold.cli import UserError
 
 
 @pytest.mark.parametrize("epochs, measured", [
@@ -88,5 +89,14 @@ def test_it_runs_and_logs(tmp_path, capsys, monkeypatch):
 
 
 def test_an_unknown_task_is_a_user_error(tmp_path):
-    with pytest.raises(gpt.UserError, match="--task cooking"):
+    with pytest.raises(UserError, match="--task cooking"):
         forgetting.main(forgetting.Config(out=str(tmp_path), task="cooking"))
+
+
+def test_a_missing_checkpoint_is_trained_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft, "main", start)
+    with pytest.raises(Started) as started:
+        forgetting.main(forgetting.Config(out=str(tmp_path / "new"), seed=3, device="cpu"))
+    stage = started.value.args[0]
+    assert (stage.out, stage.seed, stage.device) == (str(tmp_path / "new"), 3, "cpu")
+    assert "sft.pt is missing" in capsys.readouterr().out

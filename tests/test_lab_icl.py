@@ -7,7 +7,7 @@ import torch
 import gpt
 from data import village
 from lab import icl
-from lab_run import ENC, make_run, read_rows
+from lab_run import ENC, Started, make_run, read_rows, start
 
 
 def test_labels_of_tone_are_right():
@@ -137,7 +137,7 @@ def test_the_likeliest_label_is_that_of_the_sums_written_out():
         return [max(labels, key=lambda label: logprob(prompt, label + stop)) for prompt in prompts]
 
     expected = best(".")
-    assert icl.likeliest(model, ENC, prompts, labels, torch.device("cpu"), batch=7) == expected
+    assert icl.likeliest(model, ENC, prompts, labels) == expected
     assert len(set(expected)) > 1
     assert expected != best("")     # without the full stop, "moo" would win as the start of "moon"
 
@@ -225,3 +225,12 @@ def test_it_runs_logs_and_leaves_the_base_model_alone(tmp_path, capsys):
         for score in ("likely", "generated"):
             assert f"{model}, {score}: the claim" in printed
     assert (out / "gpt.pt").read_bytes() == before
+
+
+def test_a_missing_checkpoint_is_trained_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "main", start)
+    with pytest.raises(Started) as started:
+        icl.main(icl.Config(out=str(tmp_path / "new"), seed=3, device="cpu"))
+    stage = started.value.args[0]
+    assert (stage.out, stage.seed, stage.device) == (str(tmp_path / "new"), 3, "cpu")
+    assert "gpt.pt is missing" in capsys.readouterr().out

@@ -9,8 +9,10 @@ import torch
 import gpt
 import reward
 from data import village
+from data.tokenizer import fingerprint
 from lab import rouge
-from lab_run import ENC, read_rows
+from lab_run import ENC, Started, read_rows, start
+from scaffold.run import save_checkpoint
 from self_instruct import rouge_l
 
 
@@ -124,8 +126,8 @@ def make_ranked_run(out):
     body = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 64, 2, 2, 16)).eval()
     gpt.save_model(out / "sft.pt", body, ENC, "")
     weights = reward.RewardModel(body).state_dict()
-    gpt.save_checkpoint(out / "reward.pt", model=weights, gpt=vars(body.config), tokenizer="",
-                        fingerprint=gpt.fingerprint(ENC))
+    save_checkpoint(out / "reward.pt", model=weights, gpt=vars(body.config), tokenizer="",
+                        fingerprint=fingerprint(ENC))
     rng = random.Random(4)
     (out / "data").mkdir()
     for name in ("ranked_train", "ranked_val"):
@@ -140,3 +142,12 @@ def test_it_runs_and_logs(tmp_path, capsys):
     assert printed.count("The claim ") == 1
     assert "reward model" in printed
     assert [r["seed"] for r in read_rows(tmp_path / "lab-rouge.jsonl")] == [0, 1]
+
+
+def test_a_missing_checkpoint_is_trained_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reward, "main", start)
+    with pytest.raises(Started) as started:
+        rouge.main(rouge.Config(out=str(tmp_path / "new"), seed=3, device="cpu"))
+    stage = started.value.args[0]
+    assert (stage.out, stage.seed, stage.device) == (str(tmp_path / "new"), 3, "cpu")
+    assert "reward.pt is missing" in capsys.readouterr().out

@@ -3,10 +3,11 @@ import random
 
 import pytest
 
+import gpt
 import sft
 from data import village
 from lab import cot, templates
-from lab_run import ENC, make_run, read_rows
+from lab_run import ENC, Started, make_run, read_rows, start
 
 
 def test_the_number_decides_the_task_and_not_its_phrasing():
@@ -85,7 +86,7 @@ def test_grade_is_the_mean_gold_of_greedy_responses(monkeypatch):
         assert sampling == {"temperature": 0}
         return responses
 
-    monkeypatch.setattr(sft, "reply", respond)
+    monkeypatch.setattr(sft, "sample_responses", respond)
     expected = (30 + sum(village.gold(task, "Go away.") for task, _ in tasks[::4])) / 40
     assert templates.grade(None, ENC, tasks) == pytest.approx(expected)
     assert expected < 0.75
@@ -124,3 +125,12 @@ def test_it_runs_and_logs(tmp_path, capsys):
     for row in rows:
         assert {f"phrasing_{p}" for p in range(4)} <= set(row)
     assert "the claim does not hold here" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_trained_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "main", start)
+    with pytest.raises(Started) as started:
+        templates.main(templates.Config(out=str(tmp_path / "new"), seed=3, device="cpu"))
+    stage = started.value.args[0]
+    assert (stage.out, stage.seed, stage.device) == (str(tmp_path / "new"), 3, "cpu")
+    assert "gpt.pt is missing" in capsys.readouterr().out
