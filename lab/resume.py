@@ -1,6 +1,18 @@
-"""A run that is killed three times ends with the same bits as one that is not.
+"""Resume: a run that is killed again and again ends with the same bits as one that is not.
 
-    python lab/resume.py
+Claim (scaffold/run.py). A run continues with --resume as if nothing had happened: same weights,
+same log.
+
+A small model trains for 100 steps with everything that a restart can lose: Adam's moments, dropout,
+and noise from the generators of torch, NumPy and Python. Its state is saved every 10 steps. One run
+goes through. The other is killed at steps 5, 37 and 71, as by `kill -9`: it has no chance to save.
+Each time it resumes from its last saved state and repeats the lost steps.
+
+    python lab/resume.py                                    both runs, compared
+    python lab/resume.py --out out/demo --kill-at 37        by hand: one run, killed
+    python lab/resume.py --out out/demo --resume            the same run, to its end
+
+Ten seconds on two CPU cores. Read next: ../scaffold/run.py.
 """
 import os
 import random
@@ -8,52 +20,85 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scaffold.run import Run, set_seed
+from scaffold.cli import RunConfig, UserError, start
+from scaffold.run import Run, load_checkpoint, save_checkpoint, set_seed
 
-CALL = "import sys; from lab import resume; resume.demo(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
+
+@dataclass
+class Config(RunConfig):
+    out: str = ""                # folder of a single run; empty: both runs, in a temporary folder
+    kill_at: int = -1            # step at which a single run kills itself; -1: never
+    save_every: int = 10         # steps between saves of the training state
 
 
-def demo(out, kill_at, resume=""):
-    """Train a small model with dropout and noise from three generators; kill it at a step."""
-    set_seed(0)
+STEPS = 100
+KILLS = (5, 37, 71)
+
+
+def train(cfg):
+    """Train a small model on noise; end with the signal SIGKILL at step cfg.kill_at."""
+    set_seed(cfg.seed)
+    rng = random.Random(cfg.seed)
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.Linear(16, 1))
     optimizer = torch.optim.AdamW(model.parameters())
-    rng = random.Random(0)
-    cfg = SimpleNamespace(out=out, save_every=10, resume=bool(resume))
-    run = Run(cfg, "demo", model=model, optimizer=optimizer, rng=rng)
-    for step in run.steps(100):
-        x = torch.randn(8, 4) + rng.random() + np.random.rand()
+    settings = replace(cfg, kill_at=-1)         # a resumed run may be killed elsewhere, or never
+    run = Run(settings, "demo", model=model, optimizer=optimizer, rng=rng)
+    for step in run.steps(STEPS):
+        x = torch.randn(8, 4) + rng.random() + np.random.rand()                # (B, C)
         loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
         norm = run.take_step(loss, optimizer, model, 1e-2, [step])
         run.log(step=step, loss=loss.item(), grad_norm=norm)
-        if step == kill_at:
+        if step == cfg.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-    torch.save(model.state_dict(), Path(out) / "demo.weights")
+    save_checkpoint(Path(cfg.out) / "demo.pt", model=model.state_dict())
+    run.finish()
 
 
-def main():
+def run_process(out, kill_at=-1, resume=False):
+    """Run this script in a process of its own and print how it ends."""
+    command = [sys.executable, __file__, "--out", str(out), "--kill-at", str(kill_at)]
+    if resume:
+        command.append("--resume")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:
+        print(f"{out.name:8}killed at step {kill_at}")
+    elif done.returncode == 0:
+        print(f"{out.name:8}finished")
+    else:
+        raise UserError(f"{' '.join(command)} failed: {done.stderr}")
+
+
+def compare(a, b):
+    """Print whether the runs in two folders have the same weights and the same log."""
+    weights_a = load_checkpoint(a / "demo.pt")["model"]
+    weights_b = load_checkpoint(b / "demo.pt")["model"]
+    same_weights = all(torch.equal(weights_a[k], weights_b[k]) for k in weights_a)
+    same_log = (a / "demo.jsonl").read_bytes() == (b / "demo.jsonl").read_bytes()
+    print(f"same weights, bit for bit: {same_weights}")
+    print(f"same log, byte for byte:   {same_log}")
+
+
+def main(cfg):
+    if cfg.out:
+        train(cfg)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        for out, kills in ((whole, [-1]), (killed, [5, 37, 71, -1])):
-            for i, kill_at in enumerate(kills):
-                call = [sys.executable, "-c", CALL, out, str(kill_at), "resume" if i else ""]
-                root = Path(__file__).parent.parent
-                code = subprocess.run(call, cwd=root, capture_output=True).returncode
-                end = f"killed at step {kill_at}" if code == -signal.SIGKILL else "came to its end"
-                print(f"{out.name:7} {end}")
-        a, b = [torch.load(out / "demo.weights", weights_only=True) for out in (whole, killed)]
-        print("same weights, bit for bit:", all(torch.equal(a[k], b[k]) for k in a))
-        same = (whole / "demo.jsonl").read_bytes() == (killed / "demo.jsonl").read_bytes()
-        print("same log, byte for byte:  ", same)
+        whole = Path(folder) / "whole"
+        killed = Path(folder) / "killed"
+        run_process(whole)
+        for n, step in enumerate(KILLS):
+            run_process(killed, kill_at=step, resume=n > 0)
+        run_process(killed, resume=True)
+        compare(whole, killed)
 
 
 if __name__ == "__main__":
-    main()
+    start(main, Config, __doc__)
