@@ -42,7 +42,7 @@ import gpt
 from data import corpus
 from data.text import document_odds, draw_documents, pack, read_corpus
 from data.tokenizer import SPECIAL, get_tokenizer
-from lab.cot import spread
+from lab.cot import print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
 from scaffold.run import log_metrics, set_seed, take_step
@@ -247,14 +247,16 @@ def verdict(runs):
             f"document it {holds(all_words)}.")
 
 
-def print_table(runs):
-    print(f"{'share right':20}" + "".join(f"{name:>24}" for name in MODELS))
+def print_results(runs):
+    """Print means and ranges over the seeds."""
+    table = []
     for task in TASKS:
-        cells = []
+        line = {"share right": task}
         for name in MODELS:
             values = [r[name][task] for r in runs if task in r[name]]
-            cells.append(spread(values, 3) if values else "-")
-        print(f"{task:20}" + "".join(f"{cell:>24}" for cell in cells))
+            line[name] = spread(values, 3) if values else "-"
+        table.append(line)
+    print_table(table)
 
 
 def main(cfg):
@@ -279,7 +281,7 @@ def main(cfg):
                         words=len(candidates), **run)
     print(f"{cfg.n} held-out documents, {len(candidates)} words to choose from, "
           f"{cfg.steps * cfg.batch_tokens:,} tokens each, {cfg.seeds} seeds")
-    print_table(runs)
+    print_results(runs)
     print(verdict(runs))
 
 

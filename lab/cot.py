@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import corpus, village
-from data.formats import load_chats, read_records
+from data.formats import load_chats, mean_grade, read_records
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.run import ensure_stage, log_metrics, set_seed
+from scaffold.table import format_table
 
 
 @dataclass
@@ -154,6 +155,11 @@ def spread(values, digits=2):
     return text
 
 
+def print_table(rows):
+    """Print rows {heading: string} as a table."""
+    print(format_table(rows, {heading: (heading, "") for heading in rows[0]}))
+
+
 def respond(model, enc, problems):
     """Return greedy responses to the prompts of Sums."""
     prompts = [chat_of(problem, steps=False)[:1] for problem in problems]
@@ -178,8 +184,9 @@ def measure(model, enc, seen, new, usual, val_examples, seed):
     row["new_sums"] = mean(right)
     for size in SIZES:
         row[f"new_of_{size}"] = mean([r for p, r in zip(new, right) if len(p.foods) == size])
-    usual_responses = sft.sample_responses(model, enc, [r["prompt"] for r in usual], 64, seed=seed)
-    row["gold"] = mean([village.gold(r["task"], x) for r, x in zip(usual, usual_responses)])
+    prompts = [record["prompt"] for record in usual]
+    usual_responses = sft.sample_responses(model, enc, prompts, 64, seed=seed)
+    row["gold"] = mean_grade(village.gold, usual, usual_responses)
     row["loss"] = sft.val_loss(model, val_examples, model.wte.weight.device)
     row["sample"] = f"{new[-1].prompt} {responses[-1]}"
     return row
@@ -202,14 +209,15 @@ def verdict(rows, gain=0.10, harm=0.05):
             f"tasks by {change:+.2f} against no sums at all (allowed {-harm:+.2f})")
 
 
-def print_table(rows):
-    columns = ("seen_sums", "new_sums", *(f"new_of_{size}" for size in SIZES), "gold", "loss")
-    print(f"\n{'':22} {'sums':>6} {'tokens':>8}  " + "".join(f"{c:21}" for c in columns))
+def print_results(rows):
+    """Print means and ranges over the seeds, and a sample of the last seed."""
+    keys = ("seen_sums", "new_sums", *(f"new_of_{size}" for size in SIZES), "gold", "loss")
+    table = []
     for name, title in VARIANTS.items():
         variant = [r for r in rows if r["run"] == name]
-        cells = "".join(f"{spread([r[c] for r in variant]):21}" for c in columns)
-        print(f"{title:22} {variant[0]['sums']:6,} {variant[0]['tokens']:8,}  {cells}")
-    print()
+        sizes = {key: f"{variant[0][key]:,}" for key in ("sums", "tokens")}
+        table.append({"": title} | sizes | {key: spread([r[key] for r in variant]) for key in keys})
+    print_table(table)
     for row in rows[-len(VARIANTS):]:
         print(f"{VARIANTS[row['run']]:22} {row['sample']}")
 
@@ -247,8 +255,8 @@ def main(cfg):
             row |= measure(model, enc, seen, new, usual, val_examples, seed)
             rows.append(row)
             log_metrics(out / "lab-cot.jsonl", fresh=len(rows) == 1, **row)
-    print_table(rows)
-    print(f"\n{verdict(rows)}")
+    print_results(rows)
+    print(verdict(rows))
 
 
 if __name__ == "__main__":

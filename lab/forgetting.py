@@ -28,7 +28,7 @@ import gpt
 import sft
 from data import village
 from data.text import checkpoint_text
-from lab.cot import mean, spread
+from lab.cot import mean, print_table, spread
 from lab.templates import demonstrations, grade, new_tasks
 from scaffold.cli import BaseConfig, choose, pick_device, require, run_folder, start
 from scaffold.run import ensure_stage, log_metrics, set_seed
@@ -48,7 +48,6 @@ class Config(BaseConfig):
 
 
 VARIANTS = {"one": "one task", "all": "all tasks"}
-METRICS = ("task", "others", "lm_loss")
 
 
 def measured_epochs(epochs):
@@ -95,14 +94,20 @@ def verdict(rows, change=0.05):
             f"{moved('all', 'others'):+.2f} and {moved('all', 'lm_loss'):+.2f}")
 
 
-def print_table(rows, task, epochs):
-    titles = (f"gold of {task}", "gold of the others", "loss on text")
-    print(f"\n{'tuned on':12}{'epochs':8}" + "".join(f"{title:22}" for title in titles))
+def print_results(rows, task, epochs):
+    """Print means and ranges over the seeds."""
+    table = []
     for name, title in VARIANTS.items():
         for epoch in epochs:
             chosen = [r for r in rows if (r["run"], r["epoch"]) == (name, epoch)]
-            cells = [spread([r[key] for r in chosen]) for key in METRICS]
-            print(f"{title:12}{epoch:<8}" + "".join(f"{cell:22}" for cell in cells))
+            table.append({
+                "tuned on": title,
+                "epochs": str(epoch),
+                f"gold of {task}": spread([r["task"] for r in chosen]),
+                "gold of the others": spread([r["others"] for r in chosen]),
+                "loss on text": spread([r["lm_loss"] for r in chosen]),
+            })
+    print_table(table)
 
 
 def main(cfg):
@@ -138,8 +143,8 @@ def main(cfg):
                 rows.append(row)
                 log_metrics(out / "lab-forgetting.jsonl", fresh=len(rows) == 1, **row)
                 print(f"seed {seed}, {title}, epoch {epoch}: done", flush=True)
-    print_table(rows, cfg.task, measured)
-    print(f"\n{verdict(rows)}")
+    print_results(rows, cfg.task, measured)
+    print(verdict(rows))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ import sft
 from data.text import pack
 from data.tokenizer import end_of
 from data.village import FACTS, GOOD_MOODS, RUDE_LINES, WORDS
-from lab.cot import mean, spread
+from lab.cot import mean, print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
 from scaffold.run import ensure_stage, log_metrics, set_seed, take_step
@@ -121,10 +121,10 @@ def label_first(query, label):
     return f"{label.strip()}: {query.strip()}\n"
 
 
-def draw_examples(draw, query, rng, n=max(SHOTS)):
-    """Return n examples (query, label), none with the given query: its label could be copied."""
+def draw_examples(draw, query, rng):
+    """Return 8 examples (query, label), none with the given query: its label could be copied."""
     examples = []
-    while len(examples) < n:
+    while len(examples) < SHOTS[-1]:
         example = draw(rng)
         if example[0] != query:
             examples.append(example)
@@ -271,23 +271,28 @@ def verdict(rows, model, score, margin=0.05):
     return f"{model}, {score}: the claim {held} here, at {best} shots: {listed}"
 
 
-def print_tables(rows, models):
-    heads = "".join(f"{shots:<20}" for shots in SHOTS)
+def accuracies(rows, model, kind, score):
+    """Return {heading: mean and range over the seeds} for every number of shots."""
+    return {f"{shots} shots": spread(accuracy(rows, model, kind, shots, score)) for shots in SHOTS}
+
+
+def print_results(rows, models):
+    """Print the accuracies by kind of page, for both scores, and by task for right pages."""
     chance = mean([1 / len(task.labels) for task in TESTED.values()])
     titles = {"likely": f"likeliest label, mean of {', '.join(TESTED)} (chance {chance:.2f})",
               "generated": f"greedy generation, mean of {', '.join(TESTED)}"}
-    for score in SCORES:
-        print(f"\n{titles[score]}\n{'shots':24}{heads}")
-        for name in models:
-            for kind in PAGES:
-                cells = [spread(accuracy(rows, name, kind, shots, score)) for shots in SHOTS]
-                print(f"{name:8}{kind:16}" + "".join(f"{cell:20}" for cell in cells))
-    print(f"\n{'right labels by task':24}{heads}")
-    for name in models:
+    for score, title in titles.items():
+        print(f"\n{title}")
+        print_table([{"model": model, "page": kind} | accuracies(rows, model, kind, score)
+                     for model in models for kind in PAGES])
+    print("\nlikeliest label, right pages, by task")
+    table = []
+    for model in models:
         for task in TESTED:
             of_task = [r for r in rows if r["task"] == task]
-            cells = [spread(accuracy(of_task, name, "right", shots)) for shots in SHOTS]
-            print(f"{name:8}{task:16}" + "".join(f"{cell:20}" for cell in cells))
+            line = {"model": model, "task": task}
+            table.append(line | accuracies(of_task, model, "right", "likely"))
+    print_table(table)
 
 
 def main(cfg):
@@ -309,7 +314,7 @@ def main(cfg):
                 rows.append({"model": name, "seed": seed} | row)
                 log_metrics(out / "lab-icl.jsonl", fresh=len(rows) == 1, **rows[-1])
             print(f"seed {seed}, {name}: done", flush=True)
-    print_tables(rows, models)
+    print_results(rows, models)
     print()
     for name in models:
         for score in SCORES:

@@ -36,7 +36,7 @@ import reward
 from data import labelers, village
 from data.formats import load_comparisons
 from data.rankings import pair_accuracy
-from lab.cot import mean, spread
+from lab.cot import mean, print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.run import ensure_stage, log_metrics
 from self_instruct import rouge_l
@@ -224,17 +224,17 @@ def verdict(runs, made):
             f"{len(reward_misled)}{named}.")
 
 
-def print_tables(runs, made):
-    print(f"{'judge':24}{'pairs as gold':>24}{'Spearman with gold':>26}")
-    for name in runs[0]:
-        accuracy = spread([r[name].accuracy for r in runs], 3)
-        correlation = spread([r[name].spearman for r in runs], 3)
-        print(f"{name:24}{accuracy:>24}{correlation:>26}")
-    print(f"\n{'made pairs':24}{'ROUGE-L right':>24}{'reward model right':>26}")
-    for kind in MADE:
-        overlap = spread([m[kind].rouge for m in made], 3)
-        rewards = spread([m[kind].reward for m in made], 3)
-        print(f"{kind:24}{overlap:>24}{rewards:>26}")
+def print_results(runs, made):
+    """Print means and ranges over the seeds."""
+    print_table([{"judge": name,
+                  "pairs as gold": spread([r[name].accuracy for r in runs], 3),
+                  "Spearman with gold": spread([r[name].spearman for r in runs], 3)}
+                 for name in runs[0]])
+    print()
+    print_table([{"made pairs": kind,
+                  "ROUGE-L right": spread([m[kind].rouge for m in made], 3),
+                  "reward model right": spread([m[kind].reward for m in made], 3)}
+                 for kind in MADE])
 
 
 def main(cfg):
@@ -256,7 +256,7 @@ def main(cfg):
         log_metrics(out / "lab-rouge.jsonl", seed=seed, judges=runs[-1], made=made[-1])
     print(f"{len(records)} prompts of held-out users, {len(responses):,} responses, "
           f"{cfg.seeds} sets of references")
-    print_tables(runs, made)
+    print_results(runs, made)
     example = made_pair("short but right", random.Random(cfg.seed))
     print(f"example: {example.prompt[-1]['content']!r}  reference {example.reference!r}  "
           f"right {example.right!r}  wrong {example.wrong!r}")

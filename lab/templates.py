@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import village
-from lab.cot import count_tokens, mean, spread
+from data.formats import mean_grade
+from lab.cot import count_tokens, mean, print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.run import ensure_stage, log_metrics, set_seed
 
@@ -59,13 +60,14 @@ def perfect_demonstration(task, rng):
 
 
 def numbered_task(number, phrasing, use=None):
-    """Return (task, prompt). The number decides everything but the phrasing.
+    """Return a record with a task and its prompt; the number decides everything but the phrasing.
 
     Without `use`, every use case is equally likely.
     """
     rng = random.Random(f"task {number}")
     use = use or rng.choice(list(village.SHARES))
-    return village.new_task(rng, use=use, phrasing=phrasing)
+    task, prompt = village.new_task(rng, use=use, phrasing=phrasing)
+    return {"task": task, "prompt": prompt}
 
 
 def demonstrations(enc, phrasings, tokens, seed, use=None):
@@ -78,23 +80,25 @@ def demonstrations(enc, phrasings, tokens, seed, use=None):
     used = 0
     number = seed * 10**6
     while used < tokens:
-        task, prompt = numbered_task(number, rng.choice(phrasings), use)
-        response = {"role": "assistant", "content": perfect_demonstration(task, rng)}
-        chats.append({"messages": prompt + [response], "task": task})
+        record = numbered_task(number, rng.choice(phrasings), use)
+        response = perfect_demonstration(record["task"], rng)
+        messages = record["prompt"] + [{"role": "assistant", "content": response}]
+        chats.append({"messages": messages, "task": record["task"]})
         used += count_tokens(chats[-1:], enc)
         number += 2
     return chats
 
 
 def new_tasks(n, seed, phrasing, use=None):
-    """Return n pairs (task, prompt) that no copy of this seed is trained on."""
+    """Return n records with tasks that no copy of this seed is trained on."""
     return [numbered_task(seed * 10**6 + 2 * i + 1, phrasing, use) for i in range(n)]
 
 
 def grade(model, enc, tasks):
-    """Return the mean gold grade of greedy responses to pairs (task, prompt)."""
-    responses = sft.sample_responses(model, enc, [prompt for _, prompt in tasks], 64, temperature=0)
-    return mean([village.gold(task, response) for (task, _), response in zip(tasks, responses)])
+    """Return the mean gold grade of greedy responses to the records of tasks."""
+    prompts = [record["prompt"] for record in tasks]
+    responses = sft.sample_responses(model, enc, prompts, 64, temperature=0)
+    return mean_grade(village.gold, tasks, responses)
 
 
 def verdict(rows, gain=0.05):
@@ -120,14 +124,17 @@ def verdict(rows, gain=0.05):
             f"{mean(gains('two', 2)):+.2f}")
 
 
-def print_table(rows):
-    titles = [f"gold, phrasing {p}" for p in PHRASINGS]
-    titles[3] += " (new)"
-    print(f"\n{'phrasings':10}" + "".join(f"{title:24}" for title in titles))
+def print_results(rows):
+    """Print means and ranges over the seeds."""
+    table = []
     for name in VARIANTS:
+        line = {"phrasings read": name}
         variant = [r for r in rows if r["run"] == name]
-        cells = [spread([r[f"phrasing_{p}"] for r in variant]) for p in PHRASINGS]
-        print(f"{name:10}" + "".join(f"{cell:24}" for cell in cells))
+        for p in PHRASINGS:
+            heading = f"gold, phrasing {p}" + (" (held out)" if p == 3 else "")
+            line[heading] = spread([r[f"phrasing_{p}"] for r in variant])
+        table.append(line)
+    print_table(table)
 
 
 def main(cfg):
@@ -151,8 +158,8 @@ def main(cfg):
                 row[f"phrasing_{p}"] = grade(model, enc, new_tasks(cfg.n, seed, p))
             rows.append(row)
             log_metrics(out / "lab-templates.jsonl", fresh=len(rows) == 1, **row)
-    print_table(rows)
-    print(f"\n{verdict(rows)}")
+    print_results(rows)
+    print(verdict(rows))
 
 
 if __name__ == "__main__":

@@ -13,21 +13,20 @@ from lab_run import ENC, Started, make_run, read_rows, start
 def test_the_number_decides_the_task_and_not_its_phrasing():
     for number in range(100):
         asked = [templates.numbered_task(number, phrasing) for phrasing in range(4)]
-        first, _ = asked[0]
-        assert all(task == first for task, _ in asked)
-        assert len({prompt[-1]["content"] for _, prompt in asked}) == 4
-        assert len({len(prompt) for _, prompt in asked}) == 1
+        assert all(record["task"] == asked[0]["task"] for record in asked)
+        assert len({record["prompt"][-1]["content"] for record in asked}) == 4
+        assert len({len(record["prompt"]) for record in asked}) == 1
 
 
 def test_numbered_tasks_are_of_every_use_case():
-    uses = {templates.numbered_task(number, 0)[0]["use"] for number in range(100)}
+    uses = {templates.numbered_task(number, 0)["task"]["use"] for number in range(100)}
     assert uses == set(village.SHARES)
 
 
 def test_perfect_demonstrations_have_full_marks():
     rng = random.Random(0)
     for number in range(100):
-        task, _ = templates.numbered_task(number, 0)
+        task = templates.numbered_task(number, 0)["task"]
         response = templates.perfect_demonstration(task, rng)
         assert village.gold(task, response) == pytest.approx(1)
 
@@ -79,7 +78,7 @@ def test_training_and_test_draw_other_tasks(monkeypatch):
 def test_grade_is_the_mean_gold_of_greedy_responses(monkeypatch):
     tasks = templates.new_tasks(40, 0, 0)
     rng = random.Random(0)
-    responses = [templates.perfect_demonstration(task, rng) for task, _ in tasks]
+    responses = [templates.perfect_demonstration(record["task"], rng) for record in tasks]
     responses[::4] = ["Go away."] * 10
 
     def respond(model, enc, chats, n, **sampling):
@@ -87,7 +86,8 @@ def test_grade_is_the_mean_gold_of_greedy_responses(monkeypatch):
         return responses
 
     monkeypatch.setattr(sft, "sample_responses", respond)
-    expected = (30 + sum(village.gold(task, "Go away.") for task, _ in tasks[::4])) / 40
+    rude = sum(village.gold(record["task"], "Go away.") for record in tasks[::4])
+    expected = (30 + rude) / 40
     assert templates.grade(None, ENC, tasks) == pytest.approx(expected)
     assert expected < 0.75
 
