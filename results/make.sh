@@ -64,7 +64,7 @@ if [ -d out/seed0 ]; then
     python "lab/$name.py" --out out/seed0
     keep "out/seed0/lab-$name.jsonl" "lab-$name"
   done
-  python data/clean.py --out out/seed0 > /dev/null
+  python lab/cleaning.py --out out/seed0
   keep out/seed0/clean.jsonl clean
 fi
 
