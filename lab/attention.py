@@ -123,7 +123,7 @@ def train(causal, sources, enc, cfg, seed, device):
     bar = tqdm(range(cfg.steps), desc=f"{name}, seed {seed}", mininterval=1)
     for step in bar:
         documents, _ = draw_documents(sources, odds, cfg.batch_tokens, T, rng)
-        ids, segments = pack(documents, T)                                 # (B, T) each
+        ids, segments = pack(documents, T)                                     # (B, T) each
         if causal:
             loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
         else:
@@ -230,10 +230,10 @@ def measure(model, causal, gaps, candidates, mask_id):
     return {task: n / len(gaps) for task, n in right.items()}
 
 
-def verdict(runs):
+def verdict(rows):
     """Judge both halves of the claim in one sentence; each must be true for every seed."""
     def ahead(model, task, other, other_task):
-        return all(r[model][task] > r[other][other_task] for r in runs)
+        return all(r[model][task] > r[other][other_task] for r in rows)
 
     def holds(true):
         return "holds" if true else "does not hold"
@@ -247,13 +247,13 @@ def verdict(runs):
             f"document it {holds(all_words)}.")
 
 
-def print_results(runs):
+def print_results(rows):
     """Print means and ranges over the seeds."""
     table = []
     for task in TASKS:
         line = {"share right": task}
         for name in MODELS:
-            values = [r[name][task] for r in runs if task in r[name]]
+            values = [r[name][task] for r in rows if task in r[name]]
             line[name] = spread(values, 3) if values else "-"
         table.append(line)
     print_table(table)
@@ -268,21 +268,21 @@ def main(cfg):
     enc = get_tokenizer()
     folder = corpus.ensure(out / "data", cfg.seed) / "pretrain"
     sources = read_corpus(folder, enc, T, gpt.Config.val_fraction)
-    runs = []
+    rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         set_seed(seed)
         gaps, candidates = draw_gaps(sources, enc, cfg.n, random.Random(seed))
-        run = {}
+        row = {}
         for name, causal in MODELS.items():
             model = train(causal, sources, enc, cfg, seed, device)
-            run[name] = measure(model, causal, gaps, candidates, mask_token(enc))
-        runs.append(run)
+            row[name] = measure(model, causal, gaps, candidates, mask_token(enc))
+        rows.append(row)
         log_metrics(out / "lab-attention.jsonl", seed=seed, steps=cfg.steps,
-                        words=len(candidates), **run)
+                    words=len(candidates), **row)
     print(f"{cfg.n} held-out documents, {len(candidates)} words to choose from, "
           f"{cfg.steps * cfg.batch_tokens:,} tokens each, {cfg.seeds} seeds")
-    print_results(runs)
-    print(verdict(runs))
+    print_results(rows)
+    print(verdict(rows))
 
 
 if __name__ == "__main__":

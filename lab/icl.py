@@ -1,4 +1,4 @@
-"""In-context learning: a base model solves a task from a few examples in its prompt, untrained.
+"""In-context learning: a base model solves a task from a few examples in its prompt.
 
 Claim (Brown et al. 2020; Min et al. 2022). More examples help. Whether their labels are right
 hardly matters, but they must be of the same domain and in the same format.
@@ -34,9 +34,10 @@ Read next: lab/templates.py.
 """
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -94,6 +95,7 @@ def fact(name, form):
     def draw(rng):
         key, value = rng.choice(list(FACTS[name].items()))
         return f"The {key}", form.format(value)
+
     return Task(draw, [form.format(value) for value in sorted(set(FACTS[name].values()))])
 
 
@@ -199,7 +201,7 @@ def read_on(model, enc, cfg, seed):
             ids = enc.encode_ordinary(text) + [end_of(enc)]
             documents.append(torch.tensor(ids[:T]))
             n_tokens += len(documents[-1])
-        ids, segments = pack(documents, T)                                 # (B, T) each
+        ids, segments = pack(documents, T)                                     # (B, T) each
         loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
         take_step(loss, optimizer, model, lr_at(step, cfg.read_on, cfg.lr))
     model.eval()
@@ -290,8 +292,8 @@ def print_results(rows, models):
     for model in models:
         for task in TESTED:
             of_task = [r for r in rows if r["task"] == task]
-            line = {"model": model, "task": task}
-            table.append(line | accuracies(of_task, model, "right", "likely"))
+            cells = accuracies(of_task, model, "right", "likely")
+            table.append({"model": model, "task": task} | cells)
     print_table(table)
 
 

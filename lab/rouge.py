@@ -84,7 +84,7 @@ def average_ranks(x):
 
 
 def spearman(x, y):
-    """Return the correlation of the ranks; 0 if one list is constant."""
+    """Return the rank correlation of two lists; 0 if one of them is constant."""
     x = average_ranks(x)
     y = average_ranks(y)
     centre = (len(x) - 1) / 2
@@ -100,7 +100,7 @@ def ideal(task, rng, tries=3000):
     """Draw demonstrations until one gets full marks; return it, or the best of all tries."""
     best = village.demonstration(task, rng)
     for _ in range(tries - 1):
-        if village.gold(task, best) == 1:
+        if village.gold(task, best) == 1:       # never with three wishes: 1.0000000000000002
             break
         response = village.demonstration(task, rng)
         if village.gold(task, response) > village.gold(task, best):
@@ -128,14 +128,14 @@ def made_pair(kind, rng):
     if kind == "other ignorance":
         reference, right = rng.sample(village.IGNORANCE, 2)
         return MadePair(task, prompt, reference, right, wrong=made_rude(reference, rng))
-    _, whole, lazy, _ = village.KINDS[task["kind"]].FORMS[task["topic"]]
-    reference = whole.format(**task)
-    last = village.slots(whole)[-1]
-    other_words = [w for w in village.WORDS[last] if w != task[last]]
-    wrong = whole.format(**task | {last: rng.choice(other_words)})
+    form = village.KINDS[task["kind"]].FORMS[task["topic"]]
+    reference = form.full.format(**task)
+    asked = village.slots(form.full)[-1]
+    other_words = [w for w in village.WORDS[asked] if w != task[asked]]
+    wrong = form.full.format(**task | {asked: rng.choice(other_words)})
     if kind == "polite":
         wrong = made_rude(reference, rng)
-    return MadePair(task, prompt, reference, lazy.format(**task), wrong)
+    return MadePair(task, prompt, reference, form.short.format(**task), wrong)
 
 
 def made_rude(response, rng):
@@ -202,7 +202,7 @@ def judge_made(n, model, enc, rng):
     return choices
 
 
-def verdict(runs, made):
+def verdict(agreements, made):
     """Judge the claim from the numbers of all seeds, in one sentence.
 
     With a demonstration as the reference, ROUGE-L must order fewer pairs as gold does than the
@@ -210,7 +210,7 @@ def verdict(runs, made):
     beside it.
     """
     def loses(name):
-        return all(r[name].accuracy < r["reward model"].accuracy for r in runs)
+        return all(r[name].accuracy < r["reward model"].accuracy for r in agreements)
 
     holds = loses("ROUGE-L, demonstration")
     beside_ideal = "worse, too" if loses("ROUGE-L, ideal") else "not always worse"
@@ -224,12 +224,12 @@ def verdict(runs, made):
             f"{len(reward_misled)}{named}.")
 
 
-def print_results(runs, made):
+def print_results(agreements, made):
     """Print means and ranges over the seeds."""
     print_table([{"judge": name,
-                  "pairs as gold": spread([r[name].accuracy for r in runs], 3),
-                  "Spearman with gold": spread([r[name].spearman for r in runs], 3)}
-                 for name in runs[0]])
+                  "pairs as gold": spread([r[name].accuracy for r in agreements], 3),
+                  "Spearman with gold": spread([r[name].spearman for r in agreements], 3)}
+                 for name in agreements[0]])
     print()
     print_table([{"made pairs": kind,
                   "ROUGE-L right": spread([m[kind].rouge for m in made], 3),
@@ -247,20 +247,20 @@ def main(cfg):
     prompts = [r["prompt"] for r in records for _ in r["responses"]]
     responses = [response for r in records for response in r["responses"]]
     rewards = reward.score_responses(model, enc, prompts, responses)
-    runs = []
-    made = []
+    agreements = []                             # one {judge: Agreement} per seed
+    made = []                                   # one {kind: Choices} per seed
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         rng = random.Random(seed)
-        runs.append(judge(records, rewards, rng))
+        agreements.append(judge(records, rewards, rng))
         made.append(judge_made(cfg.n, model, enc, rng))
-        log_metrics(out / "lab-rouge.jsonl", seed=seed, judges=runs[-1], made=made[-1])
+        log_metrics(out / "lab-rouge.jsonl", seed=seed, judges=agreements[-1], made=made[-1])
     print(f"{len(records)} prompts of held-out users, {len(responses):,} responses, "
           f"{cfg.seeds} sets of references")
-    print_results(runs, made)
+    print_results(agreements, made)
     example = made_pair("short but right", random.Random(cfg.seed))
     print(f"example: {example.prompt[-1]['content']!r}  reference {example.reference!r}  "
           f"right {example.right!r}  wrong {example.wrong!r}")
-    print(verdict(runs, made))
+    print(verdict(agreements, made))
 
 
 if __name__ == "__main__":
