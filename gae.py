@@ -20,13 +20,15 @@ backward pass is enough:
          = delta[t] + gamma lambda A[t+1]
     return[t] = A[t] + V[t]              the critic's target
 
-lambda 0 is one-step TD, lambda 1 is Monte Carlo. Use lambda close to 1 and gamma = 1: a response is
-short and its end matters most.
+lambda 0 is one-step TD, lambda 1 is Monte Carlo; textbooks call them TD(0) and TD(1), other authors
+number the n-step returns, so that their TD(1) has two steps. Use lambda close to 1 and gamma = 1: a
+response is short and its end matters most.
 
 Frame: with ids (B, T+1), action t chooses ids[:, t+1], and V[t] is the value of the state before
 it. The mask is 1 on response tokens, the end token included: each row is zeros (prompt), ones,
 zeros (padding). After the last 1 the episode is over and the value is 0, whatever the critic says
-there. Never bootstrap, not even if the response was cut for length (PPO penalises that instead).
+there (no bootstrapping), even if the response was cut for length; PPO penalises that instead.
+ppo.py calls these widths T and T-1.
 
     python gae.py                        # one small episode, worked step by step (2 s)
     python gae.py --lam 0                # the same, trusting the critic after one token
@@ -49,7 +51,7 @@ class Config:
                          # with weight lam^k
 
 
-@torch.no_grad()   # a gradient through an advantage would teach the critic to flatter the policy
+@torch.no_grad()   # A is a constant in the loss: its gradient would train V for the policy's sake
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Advantages and returns of a batch of responses (arXiv:1506.02438, eq. 16).
 
@@ -74,7 +76,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
                              f"Usual for responses: gamma=1.0, lam=0.95")
     dtype = torch.promote_types(torch.result_type(rewards, values), torch.float32)
     mask = mask.bool()
-    # V is 0 outside the response, which is all that "never bootstrap" takes. NaN * 0 would be NaN.
+    # With V = 0 outside the response nothing bootstraps. torch.where, because NaN * 0 is NaN.
     values = torch.where(mask, values, 0).to(dtype)                           # (B, T)
     advantages = torch.zeros_like(values)                                     # (B, T)
     next_value = values.new_zeros(len(values))                                # (B,)
@@ -82,7 +84,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]             # (B,)
         advantage = delta + gamma * lam * next_advantage
-        # Padding passes nothing to the end token, and the prompt gets no credit for V[t+1].
+        # 0 outside the mask: nothing flows from padding to the end token, nor from V to a prompt.
         next_advantage = torch.where(mask[:, t], advantage, 0)                # (B,)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
@@ -136,8 +138,8 @@ def print_lambdas(actions, pairs):
     for t, action in enumerate(actions):
         cells = ["".join(f"{x[t]:9.4f}" for x in triple) for triple in zip(*pairs)]
         print(f"{action:<8}" + "    ".join(cells))
-    print("Lambda 0 has low variance, but only the last token sees the score; it travels back\n"
-          "through V by one token per update. Lambda 1 has no bias, but the noise of all later\n"
+    print("At lambda 0 variance is low, but earlier tokens see the score only through V, one\n"
+          "token further per update. Lambda 1 has no bias, but the noise of all later\n"
           "tokens. At .95 the score counts .95 one token back, .90 two, .006 a hundred.")
 
 
@@ -146,12 +148,12 @@ def main(cfg):
     ids = ["who", "is", "Ada", "a", "baker", "<|end|>", "<|pad|>"]   # T+1 = 7, 3 of the response
     mask = torch.tensor([[0, 0, 1, 1, 1, 0]])                        # (1, T)
     values = torch.tensor([[.3, .4, .5, .6, .8, .9]])                # (1, T) .9 on padding
-    rewards = torch.tensor([[0, 0, -.02, .02, .97, 0]])              # (1, T) score 1, beta .1
+    rewards = torch.tensor([[0, 0, -.02, .02, .97, 0]])              # (1, T) -.1 log-ratio; score 1
     try:
         advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
     except ValueError as e:
         raise UserError(e) from None
-    deltas, _ = gae(rewards, values, mask, cfg.gamma, 0.0)
+    deltas, _ = gae(rewards, values, mask, cfg.gamma, 0.0)   # at lambda 0, A is delta
     columns = [rewards, values, deltas, advantages, returns, whiten(advantages, mask)]
     print(f"Prompt: {' '.join(ids[:3])}   Response: {' '.join(ids[3:6])}   "
           f"gamma {cfg.gamma:g}, lambda {cfg.lam:g}\n")
@@ -159,7 +161,7 @@ def main(cfg):
     response = slice(2, 5)
     print_mixture(deltas[0, response].tolist(), advantages[0, 2].item(), cfg.gamma, cfg.lam)
     pairs = [gae(rewards, values, mask, cfg.gamma, lam) for lam in (0.0, 0.95, 1.0)]
-    print_lambdas(ids[3:6], [(a[0, response], r[0, response]) for a, r in pairs])
+    print_lambdas(ids[3:6], [(adv[0, response], ret[0, response]) for adv, ret in pairs])
 
 
 if __name__ == "__main__":

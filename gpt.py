@@ -19,8 +19,9 @@ a last LayerNorm, and logits from the token embedding (tied weights).
 2.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: data/text.py reads and packs text,
 data/tokenizer.py encodes it, scaffold/ holds flags, optimizer and checkpoints.
 
-Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary. `logits[:, t]` predicts
-`ids[:, t+1]`. Padding is on the right, in training and in generation: real tokens never see it.
+Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary, L layers, S cache slots, N
+selected tokens. `logits[:, t]` predicts `ids[:, t+1]`. Padding is on the right, in training and in
+generation: real tokens never see it.
 """
 import dataclasses
 import math
@@ -89,11 +90,10 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, H, T, D) each
         if cache is not None:
-            k, v = cache.write(layer, k, v)                                   # (B, H, S, D), S >= T
-        if T > 1 or cache is None:
-            # A cache is filled once, from empty, so plain causality is right.
+            k, v = cache.write(layer, k, v)                                   # (B, H, end, D)
+        if T > 1 or cache is None:   # no cache, or its first fill: q and k cover the same tokens
             y = F.scaled_dot_product_attention(
-                q, k[:, :, :T], v[:, :, :T], attn_mask=mask, is_causal=mask is None,
+                q, k, v, attn_mask=mask, is_causal=mask is None,
                 dropout_p=self.dropout if self.training else 0.0)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible())
@@ -144,7 +144,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         for name, p in self.named_parameters():
-            if p.dim() == 2:   # GPT-2's init: residual projections shrink with depth
+            if p.dim() == 2:   # GPT-2's init: projections into the residual shrink with n_layer
                 scale = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
                 nn.init.normal_(p, std=0.02 / scale)
             elif name.endswith("bias"):
@@ -187,7 +187,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, sizes, weights, where, dropout=0.0):
-        """Build a GPT from sizes and weights; a UserError names `where` they are if they differ."""
+        """Build a GPT from sizes and weights; `where` names their file in the error message."""
         try:
             config = GPTConfig(**{**sizes, "dropout": dropout})
             body = checkpoint.body_weights(config, weights)
@@ -209,8 +209,8 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values of the tokens seen so far, for right-padded rows of different lengths.
 
-    lengths[b] is the position of the next token of row b. What the padded prefill leaves behind the
-    end of a short row is overwritten before any token can attend to it.
+    lengths[b] is the position of the next token of row b. The first fill also stores the padding of
+    short rows; each new token overwrites one such slot before any token can attend to it.
     """
 
     def __init__(self, config, B, S, device, dtype):
@@ -218,23 +218,23 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)               # (L, B, H, S, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)        # (B,)
-        self.longest = 0   # max of lengths on the host: asking a GPU every step would stall it
+        self.longest = 0   # max of lengths as a Python int: .item() would wait for the GPU
 
     def write(self, layer, k, v):
-        """Store the new keys and values (B, H, T, D); return all of them (B, H, S, D)."""
+        """Store new keys and values (B, H, T, D); return all that are stored (B, H, end, D)."""
         T = k.shape[2]
         if T > 1:
             self.k[layer, :, :, :T] = k
             self.v[layer, :, :, :T] = v
         else:
             rows = torch.arange(len(k), device=k.device)
-            self.k[layer, rows, :, self.lengths] = k[:, :, 0]
+            self.k[layer, rows, :, self.lengths] = k[:, :, 0]                 # (B, H, D)
             self.v[layer, rows, :, self.lengths] = v[:, :, 0]
-        end = max(T, self.longest + 1)
+        end = max(T, self.longest + 1)   # slots in use; the rest of the S are empty
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def visible(self):
-        """Return the mask of one new token per row: positions up to its own, (B, 1, 1, S)."""
+        """Return the mask of one new token per row: positions up to its own, (B, 1, 1, end)."""
         positions = torch.arange(self.longest + 1, device=self.k.device)
         return (positions <= self.lengths[:, None])[:, None, None]
 
@@ -255,7 +255,7 @@ class KVCache:
 
 
 def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
-    """Sample one id per row, (B, V) -> (B,), after top_k and top_p cut the tail; 0 is greedy."""
+    """Sample one id per row, (B, V) -> (B,), after top_k and top_p; temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -265,7 +265,7 @@ def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     probs = logits.softmax(-1)                                                # (B, V)
     if top_p is not None:
         ordered, order = probs.sort(dim=-1, descending=True)
-        # Remove a token if those above it hold top_p: the one that crosses the line stays.
+        # Remove a token if those above it already hold top_p; the one that reaches it stays.
         remove = ordered.cumsum(-1) - ordered >= top_p
         remove[:, 0] = False
         ordered[remove] = 0
@@ -300,7 +300,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     # The first new token follows the last real token of each row.
     states = states[torch.arange(B, device=device), cache.lengths - 1]        # (B, C)
     new = [[] for _ in prompts]
-    alive = list(range(B))   # the prompt of each row of the batch
+    alive = list(range(B))   # alive[row]: the index of the prompt that this row continues
     while True:
         tokens = sample_tokens(model.unembed(states), temperature, top_k, top_p, rng)   # (B,)
         keep = []
@@ -313,7 +313,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
         if not keep:
             model.train(was_training)
             return new
-        if len(keep) < len(alive):   # finished rows leave the batch: short responses cost no time
+        if len(keep) < len(alive):   # drop finished rows; -1: the newest token is not cached yet
             rows = torch.tensor(keep, device=device)
             alive = [alive[row] for row in keep]
             tokens = tokens[rows]
@@ -357,7 +357,7 @@ def lm_loss(model, ids, segments, reduction="mean"):
 
 @torch.no_grad()
 def val_loss(model, sources, enc, device, limit=40_000):
-    """Return (nats per token, weighted like the sources; bits per byte), of `limit` tokens each."""
+    """Return (nats per token, weighted by source; bits per byte) on `limit` tokens a source."""
     was_training, T = model.training, model.config.block_size
     model.eval()
     n_bytes = torch.tensor([float(len(b)) for b in token_bytes(enc)])         # (V,)
@@ -422,12 +422,12 @@ def main(cfg):
         for name, n in tokens.items():
             drawn[name] += n
         documents = shard(documents)
-        ids, segments = pack(documents, T)                                    # (B, T)
+        ids, segments = pack(documents, T)                                    # (B, T) each
         with autocast(device):
             loss = lm_loss(model, ids.to(device), segments.to(device))
-        loss = global_mean(loss, sum(map(len, documents)) - len(documents))
+        loss = global_mean(loss, sum(map(len, documents)) - len(documents))   # n: predictions
         lr = lr_at(step, cfg.steps, cfg.lr, cfg.schedule)
-        norm = run.take_step(loss, optimizer, model, lr, ids[0, :8])
+        norm = run.take_step(loss, optimizer, model, lr, ids[0, :8])   # ids: for error messages
         row = dict(step=step, loss=loss.item(), grad_norm=norm)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, enc, device)

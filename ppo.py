@@ -10,14 +10,15 @@ models take part:
 
     maximise  E[ r(x, y) - beta * log( pi(y|x) / pi_ref(y|x) ) ] + ptx * E_text[ log pi(text) ]
 
-(InstructGPT, eq. 2). One update: sample, score, reward per token (a KL penalty on each, the score
-on the last), advantages by GAE (gae.py), a few epochs of clipped steps (PPO, 1707.06347, eq. 7):
+(InstructGPT, eq. 2). One update: sample responses, score them, give each token a reward (a KL
+penalty, on the last token plus the score), estimate advantages A (gae.py), take a few epochs of
+clipped steps (PPO, 1707.06347, eq. 7):
 
-    ratio  = pi_new(a|s) / pi_old(a|s)
-    loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )
+    ratio  = pi_new(a|s) / pi_old(a|s)           s: the text so far, a: the next token
+    loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )               eps: --clip
 
     python ppo.py                                            all stages; ends with the results table
-    python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL penalty: score rises, gold falls
+    python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL: score rises, true grade falls
     python ppo.py --prompts pairs.jsonl --out out/mine       your prompts, see data/README.md
 
 Two minutes on two CPU cores; six with the stages before it. Read next: evaluate.py, dpo.py.
@@ -56,11 +57,11 @@ class Config(RunConfig):
     prompts: str = ""            # prompts in any record format; empty: the village's
     text: str = ""               # text for the ptx term; empty: the text of OUT/gpt.pt
     name: str = "ppo"            # the checkpoint becomes OUT/NAME.pt; evaluate.py lists all names
-    updates: int = 60            # rollouts; stop when gold or your eyes say so, not the reward
+    updates: int = 60            # of --rollout-size responses each; watch gold, not the reward
     rollout_size: int = 128      # responses per update; more is steadier
     epochs: int = 4              # passes over a rollout; more than four rarely pays
     minibatches: int = 2         # steps per pass
-    value_warmup: int = 3        # critic-only updates first: it has seen complete responses only
+    value_warmup: int = 3        # first updates, of the critic only: prefixes are new to it
     lr: float = 3e-4             # of policy and value; 3e-4 below 1M parameters, 1e-5 at 100M
     beta: float = 0.1            # KL coefficient; 0 invites reward hacking, 0.5 blocks learning
     target_kl: float = 0.0       # above 0: adapt beta to keep the KL near this (nats; 6 is usual)
@@ -71,10 +72,10 @@ class Config(RunConfig):
     lam: float = 0.95            # GAE's lambda: 1 trusts the final score, 0 trusts the critic
     ptx: float = 0.5             # weight of the pretraining loss: the policy stays a language model
     ptx_tokens: int = 256        # tokens of that text per step
-    missing_eos_score: float = -3.0   # score without an end token: the reward model has seen none
+    missing_eos_score: float = -3.0   # replaces the score of a response without an end token
     max_new_tokens: int = 48     # longest response
-    offline: bool = False        # sample from the frozen SFT model; score and KL are of its samples
-    gold: str = "data.village:gold"   # module:function that grades (task, response), for reports
+    offline: bool = False        # sample from the SFT model instead; metrics are of its samples
+    gold: str = "data.village:gold"   # module:function, the true grade of a response; logged only
     table: bool = True           # end with the results table of evaluate.py
     save_every: int = 5          # updates between saves of the training state; 0: on Ctrl-C only
 
@@ -83,10 +84,10 @@ class Config(RunConfig):
 class Rollout:
     """B sampled responses and what the models say about them, in the action frame."""
     ids: torch.Tensor            # (B, T) prompt and response, padded on the right
-    lengths: torch.Tensor        # (B,) of both
+    lengths: torch.Tensor        # (B,) tokens of prompt and response together
     mask: torch.Tensor           # (B, T-1) 1 on the response's actions
-    logprobs: torch.Tensor       # (B, T-1) of the policy
-    old_logprobs: torch.Tensor   # (B, T-1) of the model that sampled
+    logprobs: torch.Tensor       # (B, T-1) of the policy before this update
+    old_logprobs: torch.Tensor   # (B, T-1) of the sampler: with --offline the reference
     ref_logprobs: torch.Tensor   # (B, T-1) of the reference
     values: torch.Tensor         # (B, T-1) before the update
     scores: torch.Tensor         # (B,) of the reward model
@@ -100,23 +101,23 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, beta):
     scores (B,); logprobs, ref_logprobs, mask (B, T-1) -> (B, T-1), 0 outside the mask. A row
     without response tokens gets no score.
 
-    The log-ratio (k1), not k3: both have the KL as their mean, but only k1 has its gradient as a
-    policy gradient. -k3 is never positive, so it punishes a token that has become too rare, where
-    -k1 rewards its return.
+    The penalty is the log-ratio d = log pi - log pi_ref (k1), not k3 = exp(-d) - 1 + d. Both have
+    the KL as mean, but only k1 as a reward gives the KL's gradient. For a token rarer than in the
+    reference, -k1 is positive and makes it likelier again; -k3 is negative and makes it rarer.
     """
     mask = mask.bool()
     rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)       # (B, T-1)
     steps = torch.arange(mask.shape[1], device=mask.device)
-    last = mask & (steps == torch.where(mask, steps, -1).amax(1, keepdim=True))
+    last = mask & (steps == torch.where(mask, steps, -1).amax(1, keepdim=True))   # (B, T-1)
     return rewards + torch.where(last, scores[:, None], 0.0)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (1707.06347, eq. 7), mean over the masked tokens.
 
-    All (B, T-1) -> (loss, clip fraction). The maximum of two losses is the minimum of two gains: a
-    token that moved far in the good direction gains nothing more, one that moved far in the bad
-    direction still pays in full.
+    All (B, T-1) -> (loss, clip fraction). Once the ratio of a token passes 1 + clip (A > 0) or
+    1 - clip (A < 0), its loss is flat and has no gradient. A token that moved in the wrong
+    direction is not clipped, so that it can be corrected.
     """
     mask = mask.float()
     ratio = torch.exp(torch.where(mask > 0, logprobs - old_logprobs, 0.0))    # (B, T-1)
@@ -127,9 +128,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """Half the mean of the larger squared error: of the value, or of the value clipped to the old.
+    """Half the mean squared error of V; per token the larger of the errors of V and clipped V.
 
-    All (B, T-1) -> scalar.
+    Clipped V stays within `clip` of the old V, as in PPO's first code. All (B, T-1) -> scalar.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)           # (B, T-1)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -139,8 +140,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 def adapt_beta(beta, kl, target, n, horizon=1_000):
     """Raise beta if the mean KL of n responses is above the target, lower it if below.
 
-    By at most 20% * n / horizon (Ziegler et al., 1909.08593). Their horizon is 10,000 responses, in
-    runs of a million; ours have about 8,000. n is capped at it so that beta stays positive.
+    By at most 20% * n / horizon (Ziegler et al., 1909.08593). Their horizon is 10,000 responses for
+    a run of a million; a run here has about 8,000. n / horizon is capped at 1: beta stays positive.
     """
     error = max(-0.2, min(0.2, kl / target - 1))
     return beta * (1 + error * min(1.0, n / horizon))
@@ -179,8 +180,8 @@ def rollout(sampler, policy, reference, reward_model, value_model, prompts, end,
 def losses(policy, value_model, b, advantages, returns, rows, cfg):
     """Return (policy loss, value loss, statistics) of these rows of a rollout."""
     T = int(b.lengths[rows].max())
-    ids = b.ids[rows, :T]   # (b, T); no autocast: bf16 would blur a ratio near 1
-    mask = b.mask[rows, :T - 1]                                               # (b, T-1)
+    ids = b.ids[rows, :T]   # (n, T) of n rows; no autocast: bf16 rounds ratios near 1 to 1
+    mask = b.mask[rows, :T - 1]                                               # (n, T-1)
     old_logprobs, old_values = b.old_logprobs[rows, :T - 1], b.values[rows, :T - 1]
     logprobs = gpt.token_logprobs(policy, ids)
     values = value_model(ids)[:, :-1]
@@ -195,7 +196,7 @@ def losses(policy, value_model, b, advantages, returns, rows, cfg):
                 vf=vf_loss.item(),
                 clipfrac=clipfrac.item(),
                 ratio=masked_mean(log_ratio.exp(), mask).item(),
-                approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),
+                approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),   # k2, to second order
                 vclip=masked_mean(value_clipped, mask).item())
     return pg_loss, vf_loss, all_reduce_mean(stat)
 
@@ -218,7 +219,7 @@ def minibatches(n, cfg, rng, device):
 
 def next_prompts(prompts, order, n, rng):
     """Take the next n prompts of a shuffled pass. order: the indices left, changed in place."""
-    if len(order) < n:   # a new pass
+    if len(order) < n:   # a new pass; drop the rest, repeat prompts if there are fewer than n
         order[:] = rng.sample(range(len(prompts)), len(prompts)) * math.ceil(n / len(prompts))
     taken = [prompts[i] for i in order[:n]]
     order[:] = order[n:]
@@ -284,7 +285,7 @@ def main(cfg):
                     [p["ids"] for p in batch], end_of(enc), cfg, seed=rng.randrange(2**31))
         rewards = kl_rewards(b.scores, b.logprobs, b.ref_logprobs, b.mask, state["beta"])
         advantages, returns = gae.gae(rewards, b.values, b.mask, cfg.gamma, cfg.lam)
-        advantages = gae.whiten(advantages, b.mask)   # after the returns: V keeps its units
+        advantages = gae.whiten(advantages, b.mask)   # V's targets, the returns, stay unwhitened
         lr = lr_at(update, cfg.updates, cfg.lr, "linear")
         stats = []
         for rows in minibatches(len(batch), cfg, rng, device):
@@ -305,7 +306,7 @@ def main(cfg):
             row["objective/gold"] = mean_grade(gold, batch, texts)
         run.log(**row)
         warn_once(run, row, state, cfg)
-        if cfg.target_kl and update > cfg.value_warmup:   # before, the policy had not moved
+        if cfg.target_kl and update > cfg.value_warmup:   # the policy had moved before this rollout
             kl = row["objective/kl"]
             state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
 

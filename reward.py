@@ -7,9 +7,9 @@ score to be larger for the better response (InstructGPT, 2203.02155, eq. 1):
     loss = -1/P * sum over the P pairs (w better than l) of log sigmoid( r(x, w) - r(x, l) )
 
 The score is read at the end token, which has seen the whole response. The K responses of a prompt
-share a batch: K forward passes serve K(K-1)/2 pairs, and no response is trained on K-1 times, which
-would overfit (footnote 5). Ties give no pair. At the end the scores get mean 0 and std 1 on samples
-of the fine-tuned model, so that PPO's KL coefficient means the same for every reward model.
+share a batch: K forward passes serve K(K-1)/2 pairs. With one batch per pair, each response would
+be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end the scores get mean
+0 and std 1 on samples of the fine-tuned model, so that PPO's KL coefficient keeps its meaning.
 
     python reward.py                                        rankings by the village's labelers
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
@@ -42,11 +42,11 @@ from scaffold.table import print_row
 
 @dataclass
 class Config(RunConfig):
-    data: str = ""               # ranked responses; empty: the village's, of samples of OUT/sft.pt
+    data: str = ""               # ranked responses; empty: samples of OUT/sft.pt that labelers ranked
     val: str = ""                # the same for validation; empty: 5% of the users of data
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
-    epochs: int = 1              # more overfit a reward model before its accuracy shows it
+    epochs: int = 1              # more epochs overfit, at first without a drop in accuracy
     lr: float = 5e-4             # peak learning rate, cosine to a tenth
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
     normalise_on: int = 256      # prompts whose sampled responses define mean 0 and std 1
@@ -124,7 +124,7 @@ def tokenize(records, enc, block_size):
     """Tokenize ranked responses -> [Comparison].
 
     A prompt too long for the context loses its beginning, for all its responses alike, so that the
-    comparison stays fair. A response that fills the context alone is skipped.
+    comparison stays fair. A response that fills the context without a prompt is skipped.
     """
     comparisons, cut, lost = [], 0, 0
     for r in records:
@@ -132,7 +132,7 @@ def tokenize(records, enc, block_size):
         responses = [enc.encode_ordinary(a) + [end_of(enc)] for a in r["responses"]]
         fits = [i for i, ids in enumerate(responses) if len(ids) < block_size]
         lost += len(responses) - len(fits)
-        if len({r["ranks"][i] for i in fits}) < 2:
+        if len({r["ranks"][i] for i in fits}) < 2:   # no pair is left
             continue
         room = block_size - max(len(responses[i]) for i in fits)
         cut += len(prompt) > room
@@ -192,8 +192,8 @@ def targets(record):
 
 
 def aligned(scores, comparisons):
-    """Pair up token scores (sum of K, T) -> of the better, of the worse, mask: (pairs, T) each."""
-    steps = torch.arange(scores.shape[1])
+    """Pair the token scores (sum of K, T) -> (better, worse, mask), each (pairs, T)."""
+    positions = torch.arange(scores.shape[1])
     better, worse, mask = [], [], []
     first = 0   # row of the comparison's first response
     for c in comparisons:
@@ -201,7 +201,7 @@ def aligned(scores, comparisons):
             better.append(first + i)
             worse.append(first + j)
             shorter = min(len(c.rows[i]), len(c.rows[j]))
-            mask.append((steps >= c.start) & (steps < shorter))
+            mask.append((positions >= c.start) & (positions < shorter))
         first += len(c.rows)
     return scores[better], scores[worse], torch.stack(mask).to(scores.device)
 
@@ -215,7 +215,7 @@ def batch_loss(model, comparisons, device, cfg):
         flat = model.score(ids, lengths)                                      # (sum of K,)
         scores = pad(list(flat.split([len(c.rows) for c in comparisons])))    # (B, K)
         ranks = rank_tensor([c.record["ranks"] for c in comparisons]).to(device)
-        return global_mean(ranking_loss(scores, ranks), len(comparisons))     # all have a pair
+        return global_mean(ranking_loss(scores, ranks), len(comparisons))     # each has one
     if cfg.loss == "regression":
         wanted = torch.cat([targets(c.record) for c in comparisons]).to(device)
         return global_mean(F.mse_loss(model.score(ids, lengths), wanted), len(wanted))
@@ -224,7 +224,7 @@ def batch_loss(model, comparisons, device, cfg):
 
 
 def normalise(model, policy, enc, records, cfg):
-    """Normalise the scores to mean 0 and std 1 on samples of the policy (1909.08593 does both)."""
+    """Set mean and std so that samples of the fine-tuned model score with mean 0 and std 1."""
     fitting = sft.fit_prompts(records, enc, policy.config.block_size - 1)
     chats = [r["prompt"] for r in fitting[:cfg.normalise_on]]
     if len(chats) < 2:
@@ -269,7 +269,7 @@ def ranked_data(cfg, out, enc, block_size):
 
 
 def batch_plan(sizes, cfg, rng):
-    """Group prompts of similar size (in tokens): batches of random prompts are half padding."""
+    """Batch prompts of similar size (in tokens); random batches would be half padding."""
     budget = cfg.batch_prompts * sum(sizes) // len(sizes)
     return [rows for _ in range(cfg.epochs) for rows in batches(sizes, budget, rng)]
 
@@ -281,9 +281,9 @@ def main(cfg):
     device, out = pick_device(cfg.device), run_folder(cfg.out)
     ensure_stage(out / "sft.pt", sft, cfg)
     set_seed(cfg.seed)
-    policy, enc, base = gpt.load_model(out / "sft.pt", device)
-    train, val = ranked_data(cfg, out, enc, policy.config.block_size)
-    set_seed(cfg.seed)   # again: whether the rankings were made just now must not change the head
+    tuned, enc, base = gpt.load_model(out / "sft.pt", device)
+    train, val = ranked_data(cfg, out, enc, tuned.config.block_size)
+    set_seed(cfg.seed)   # again: making the rankings used random numbers
     model = RewardModel(gpt.load_model(out / "sft.pt", device)[0]).to(device)
     sizes = [len(c.rows) * max(map(len, c.rows)) for c in train]
     plan = batch_plan(sizes, cfg, random.Random(cfg.seed))
@@ -300,7 +300,7 @@ def main(cfg):
         run.log(step=step, loss=loss.item(), grad_norm=norm)
         run.bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    normalise(model, policy, enc, [c.record for c in train], cfg)
+    normalise(model, tuned, enc, [c.record for c in train], cfg)
     save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"],
                     tokenizer=base["tokenizer"], fingerprint=base["fingerprint"], seed=cfg.seed,
                     loss=cfg.loss)

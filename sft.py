@@ -13,7 +13,7 @@ that never trains on <|end|> never stops.
 
     python sft.py                                     the village's 6,000 demonstrations
     python sft.py --data alpaca.json --out out/mine   chats or Alpaca records, see data/README.md
-    python sft.py --epochs 16 --select reward         keep the epoch OUT/reward.pt scores highest
+    python sft.py --epochs 16 --select reward         keep the epoch with the highest mean reward
 
 Half a minute on two CPU cores. Needs OUT/gpt.pt and pretrains it first if it is missing. Read next:
 reward.py. Elsewhere: data/formats.py reads records, scaffold/ holds flags and checkpoints.
@@ -164,7 +164,7 @@ def keep_best(best, row, model, select):
 
 
 def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=lambda **row: None):
-    """Minimal fine-tuning loop for other scripts; yields after each epoch so they can evaluate."""
+    """The training loop alone, without resume, for other scripts. Yields after each epoch."""
     rng = random.Random(seed)
     device = model.wte.weight.device
     lengths = [len(e.ids) for e in examples]
@@ -217,7 +217,7 @@ def main(cfg):
         if not (out / "reward.pt").exists() or not prompts:
             raise UserError(f"--select reward needs prompts that fit the context, and "
                             f"{out / 'reward.pt'}; train it first: python reward.py --out {out}")
-        judge = reward.load_reward(out / "reward.pt", device)[0]
+        reward_model = reward.load_reward(out / "reward.pt", device)[0]
         gold = load_grader(cfg.gold, prompts)
 
     rng = random.Random(cfg.seed)
@@ -245,7 +245,7 @@ def main(cfg):
             row = dict(epoch=epoch, train_loss=loss.item(),
                        val_loss=val_loss(model, val_examples, device))
             if cfg.select == "reward":
-                row |= reward.score_policy(judge, model, enc, prompts, gold, cfg)
+                row |= reward.score_policy(reward_model, model, enc, prompts, gold, cfg)
             table.append(row)
             run.log(**row)
             run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
