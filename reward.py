@@ -42,7 +42,7 @@ from scaffold.table import print_row
 
 @dataclass
 class Config(RunConfig):
-    data: str = ""               # ranked responses; empty: samples of OUT/sft.pt that labelers ranked
+    data: str = ""               # ranked responses; empty: ranked samples of OUT/sft.pt
     val: str = ""                # the same for validation; empty: 5% of the users of data
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
