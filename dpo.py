@@ -1,6 +1,6 @@
-"""DPO: improve the fine-tuned model on ranked responses, without reward model and sampling.
+"""DPO: improve the fine-tuned model on ranked responses, without a reward model or sampling.
 
-Idea. The optimum that PPO looks for is pi*(y|x) = pi_ref(y|x) * exp( r(x, y) / beta ) / Z(x). Solve
+Idea. The optimum that PPO seeks is pi*(y|x) = pi_ref(y|x) * exp( r(x, y) / beta ) / Z(x). Solve
 it for the reward (DPO, 2305.18290, eq. 5):
 
     r(x, y) = beta * log( pi*(y|x) / pi_ref(y|x) ) + beta * log Z(x)
@@ -12,7 +12,7 @@ model. Z(x) is the same for both responses and cancels, and the loss trains the 
 
 for w better than l, where log pi(y|x) is the sum over the response's tokens and its end token. The
 reference is the frozen fine-tuned model, so its log-probs are computed once. The K responses of a
-prompt stay in one batch, as in reward.py: each passes once, however many pairs it is part of.
+prompt stay in one batch, as in reward.py: each is computed once, whatever its number of pairs.
 
     python dpo.py                                          on the same rankings as reward.py
     python dpo.py --data pairs.jsonl.gz --out out/mine     pairs or ranks, see data/README.md
@@ -49,7 +49,7 @@ class Config(RunConfig):
     name: str = "dpo"            # the checkpoint becomes OUT/NAME.pt; evaluate.py lists all names
     loss: str = "sigmoid"        # sigmoid (the paper's) or ipo (squared loss to a fixed margin)
     beta: float = 0.3            # KL strength; the paper's 0.1 moves further and gains less here
-    label_smoothing: float = 0.0   # share of wrong rankings to assume (cDPO); sigmoid only
+    label_smoothing: float = 0.0   # assumed share of wrong rankings (cDPO); sigmoid only
     nll: float = 0.0             # weight of the better response's token loss (RPO): keeps it likely
     pairs: str = "all"           # all, extreme (best against worst) or random (one per prompt)
     epochs: int = 1              # passes over the rankings
@@ -69,9 +69,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     beta * (log pi - log pi_ref), detached. Raises ValueError for another kind.
 
     kind "sigmoid" is DPO (2305.18290, eq. 7). With label_smoothing e it is cDPO,
-    -(1-e) log sigmoid(m) - e log sigmoid(-m), flat where the margin m fits e wrong rankings.
-    kind "ipo" is (m / beta - 1/(2 beta))^2 (2310.12036, eq. 17) on sums of log-probs, as in its
-    paper; TRL divides by the lengths first, which changes the meaning of beta.
+    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h), with h the difference of the log-ratios.
+    kind "ipo" is (h - 1/(2 beta))^2 (2310.12036, eq. 17) on sums of log-probs, as in its paper;
+    TRL divides by the lengths first, which changes the meaning of beta.
     """
     chosen = policy_chosen - ref_chosen                                       # (B,)
     rejected = policy_rejected - ref_rejected
@@ -109,7 +109,7 @@ def flatten(comparisons, how, rng):
 
 
 def pair_logprobs(model, examples, pairs):
-    """log pi of the better and worse response of P pairs -> (2, P). A response passes once."""
+    """log pi of the better and worse response of P pairs -> (2, P), each computed only once."""
     used = sorted({i for pair in pairs for i in pair})
     row = {i: n for n, i in enumerate(used)}
     ids, mask = sft.collate(examples, used, model.wte.weight.device)          # (N, T) each
@@ -133,8 +133,8 @@ def held_out(policy, examples, pairs, ref, cfg):
     """Return the metrics of validation pairs. ref: the reference's log-probs (N,)."""
     index = torch.tensor(pairs).T                                             # (2, P)
     logprobs = all_logprobs(policy, examples)[index]
-    loss = dpo_loss(*logprobs, *ref[index], cfg.beta, cfg.label_smoothing, cfg.loss)
-    row = dpo_metrics(logprobs, ref[index], *loss)
+    result = dpo_loss(*logprobs, *ref[index], cfg.beta, cfg.label_smoothing, cfg.loss)
+    row = dpo_metrics(logprobs, ref[index], *result)
     return {f"eval_{k}": v for k, v in row.items()}
 
 
@@ -144,8 +144,8 @@ def sampled(policy, reference, enc, records, gold, cfg):
         return {}
     prompts = [r["ids"] for r in records]
     responses = gpt.generate(policy, prompts, cfg.max_new_tokens, stop=end_of(enc), seed=cfg.seed)
-    examples = [sft.Example(torch.tensor(p + a), torch.tensor([0] * len(p) + [1] * len(a)))
-                for p, a in zip(prompts, responses)]
+    examples = [sft.Example(torch.tensor(p + r), torch.tensor([0] * len(p) + [1] * len(r)))
+                for p, r in zip(prompts, responses)]
     kl = all_logprobs(policy, examples) - all_logprobs(reference, examples)   # (N,)
     row = {"samples/kl": kl.mean().item(),
            "samples/length": sum(map(len, responses)) / len(responses)}
@@ -170,13 +170,14 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
     ensure_stage(out / "sft.pt", sft, cfg)
     set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
     block_size = policy.config.block_size
-    village = not cfg.data
+    hint = "" if cfg.data else f"; next: python evaluate.py --out {out}"
     train, val = reward.ranked_data(cfg, out, enc, block_size)
     rng = random.Random(cfg.seed)
     examples, pairs = flatten(train, cfg.pairs, rng)
@@ -232,7 +233,6 @@ def main(cfg):
     before = sft.sample_responses(reference, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     after = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(chats, before, after)
-    hint = f"; next: python evaluate.py --out {out}" if village else ""
     print(f"---\nsaved {out / cfg.name}.pt{hint}")
 
 

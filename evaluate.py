@@ -5,7 +5,7 @@ best of n sft samples by the reward model, and every policy in OUT (ppo, dpo, yo
 temperature 1.
 
     gold         helpful (0..1) - 1 if something is made up - 1 if rude, mean over the prompts
-    new words    the same for prompts that no training file has in the same words
+    new words    the same over prompts whose wording is in no training file
     win rate     share of prompts where the response beats a sample of sft by gold; ties count half
     made up      share of the unanswerable prompts that get an invented answer
     reward       mean score of the reward model
@@ -56,10 +56,10 @@ class Exam:
     """The prompts of the table, and what all rows share."""
     chats: list            # prompts as messages: n, then the unanswerable ones
     tasks: list            # their tasks for the grader
-    new: list              # whether no training file has a prompt in the same words
+    new: list              # whether no training file has the same wording
     n: int                 # number of prompts without the unanswerable ones
     grade: object          # the grader
-    opponent: list         # gold of the sft samples that the others play against, (n,)
+    opponent: list         # gold of the sft samples that every row plays against, (n,)
 
 
 def mean_and_ci(values):
@@ -97,10 +97,15 @@ def is_policy(path):
 
 
 def policies(out):
-    """Return [(stage, path)]: base and sft if present, then every other policy by name."""
-    first = [("base", out / "gpt.pt"), ("sft", out / "sft.pt")]
-    others = [(p.stem, p) for p in sorted(out.glob("*.pt")) if p.stem not in ("gpt", "sft")]
-    return [x for x in first if x[1].exists()] + [x for x in others if is_policy(x[1])]
+    """Return {stage: path}: base and sft if present, then every other policy by name."""
+    found = {}
+    for stage, path in (("base", out / "gpt.pt"), ("sft", out / "sft.pt")):
+        if path.exists():
+            found[stage] = path
+    for path in sorted(out.glob("*.pt")):
+        if path.stem not in ("gpt", "sft") and is_policy(path):
+            found[path.stem] = path
+    return found
 
 
 def training_prompts(folder):
@@ -120,7 +125,7 @@ def load_exam(cfg, out, reference, enc):
     extra = path.with_name("prompts_unanswerable.jsonl")
     if extra.exists() and not cfg.prompts:
         records += [r for _, r in read_records(extra)]
-    grade = load_grader(cfg.grade, records)
+    grade = load_grader(cfg.grade, records, "--grade")
     if grade is None or not all("prompt" in r for r in records[:n]):
         raise UserError(f"{path}: the grader needs prompts with a task; these have none")
     chats = [as_messages(r["prompt"], path) for r in records]
@@ -139,7 +144,7 @@ def grade_row(exam, responses):
     n = exam.n
     grades = [exam.grade(t, a) for t, a in zip(exam.tasks, responses)]
     gold = [sum(g.values()) for g in grades[:n]]
-    wins = [0.5 + 0.5 * ((g > o) - (g < o)) for g, o in zip(gold, exam.opponent)]
+    wins = [0.5 if g == o else float(g > o) for g, o in zip(gold, exam.opponent)]
     gold_new = [g for g, new in zip(gold, exam.new) if new]
     made_up = [-g["honest"] for t, g in zip(exam.tasks, grades) if not t.get("known", True)]
     gold_mean, gold_ci = mean_and_ci(gold)
@@ -166,14 +171,17 @@ def evaluate(cfg):
     """Return the rows of the table, one dict per stage."""
     require(cfg, 2, "n")
     require(cfg, 0, "best_of")
-    out, device = Path(cfg.out), pick_device(cfg.device)
+    out = Path(cfg.out)
+    device = pick_device(cfg.device)
     set_seed(cfg.seed)
     if not (out / "sft.pt").exists():
         raise UserError(f"{out}: no sft.pt to compare with; train it: python sft.py --out {out}")
     reference, enc, _ = gpt.load_model(out / "sft.pt", device)
     exam = load_exam(cfg, out, reference, enc)
-    chats, n = exam.chats, exam.n
-    reward_model, text = None, None
+    chats = exam.chats
+    n = exam.n
+    reward_model = None
+    text = None
     if (out / "reward.pt").exists():
         reward_model = reward.load_reward(out / "reward.pt", device)[0]
     if (out / "gpt.pt").exists():
@@ -189,7 +197,7 @@ def evaluate(cfg):
         lengths = [len(enc.encode_ordinary(a)) for a in responses[:n]]
         rows.append(row | dict(kl_to_sft=kl, lm_loss=lm_loss, length=sum(lengths) / n))
 
-    for stage, path in policies(out):
+    for stage, path in policies(out).items():
         model, _, state = gpt.load_model(path, device)
         lm_loss = gpt.val_loss(model, text, enc, device)[0] if text else None
         if stage == "base":

@@ -1,7 +1,7 @@
 """A GPT: the model, generation with a KV cache, and next-token pretraining.
 
-Idea. A language model learns to speak by predicting the next token of a lot of text. The loss of a
-document x_1 .. x_T is
+Idea. A language model learns by predicting the next token of a lot of text. The loss of a document
+x_1 .. x_T is
 
     L = -1/(T-1) * sum_t log p(x_{t+1} | x_1 .. x_t)          causal: p never sees x_{t+1}
 
@@ -19,14 +19,12 @@ a last LayerNorm, and logits from the token embedding (tied weights).
 2.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: data/text.py reads and packs text,
 data/tokenizer.py encodes it, scaffold/ holds flags, optimizer and checkpoints.
 
-Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary, L layers, S cache slots, N
-selected tokens. `logits[:, t]` predicts `ids[:, t+1]`. Padding is on the right, in training and in
-generation: real tokens never see it.
+Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary, S cache slots, N some tokens.
+`logits[:, t]` predicts `ids[:, t+1]`. Padding is on the right, so that real tokens never see it.
 """
-import dataclasses
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -79,7 +77,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise UserError(f"--n-embd {config.n_embd}: no multiple of --n-head {config.n_head}")
+            raise UserError(f"--n-embd {config.n_embd}: not a multiple of --n-head {config.n_head}")
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -121,8 +119,7 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, layer=0, mask=None):
         x = x + self.drop(self.attn(self.ln_1(x), cache, layer, mask))
-        x = x + self.drop(self.mlp(self.ln_2(x)))
-        return x
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 def sinusoids(T, C):
@@ -249,8 +246,10 @@ class KVCache:
         self.longest += 1
 
     def keep(self, rows, longest):
-        """Drop all rows but these; longest: the greatest of their lengths."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        """Keep only these rows of the batch; longest: the maximum of their lengths."""
+        self.k = self.k[:, rows]
+        self.v = self.v[:, rows]
+        self.lengths = self.lengths[rows]
         self.longest = longest
 
 
@@ -283,7 +282,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    block_size, device = model.config.block_size, model.wte.weight.device
+    block_size = model.config.block_size
+    device = model.wte.weight.device
     lengths = [len(p) for p in prompts]
     for i, n in enumerate(lengths, 1):
         if not 0 < n < block_size:
@@ -292,15 +292,14 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     was_training = model.training
     model.eval()
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    B, S = len(prompts), min(block_size, max(lengths) + max_new_tokens)
-    cache = KVCache(model.config, B, S, device, model.wte.weight.dtype)
+    S = min(block_size, max(lengths) + max_new_tokens)
+    cache = KVCache(model.config, len(prompts), S, device, model.wte.weight.dtype)
     ids = pad([torch.tensor(p) for p in prompts]).to(device)                  # (B, T)
     states = model.hidden(ids, cache)                                         # (B, T, C)
-    cache.fill(lengths)
-    # The first new token follows the last real token of each row.
-    states = states[torch.arange(B, device=device), cache.lengths - 1]        # (B, C)
+    cache.fill(lengths)   # the first new token follows the last real token of each row:
+    states = states[torch.arange(len(states), device=device), cache.lengths - 1]   # (B, C)
     new = [[] for _ in prompts]
-    alive = list(range(B))   # alive[row]: the index of the prompt that this row continues
+    alive = list(range(len(prompts)))   # alive[row]: the prompt that this row continues
     while True:
         tokens = sample_tokens(model.unembed(states), temperature, top_k, top_p, rng)   # (B,)
         keep = []
@@ -335,7 +334,7 @@ def token_logprobs(model, ids, temperature=1.0):
 
 def save_model(path, model, enc, tokenizer, **extra):
     """Write a checkpoint for load_model. tokenizer: the name by which get_tokenizer finds enc."""
-    save_checkpoint(path, model=model.state_dict(), gpt=dataclasses.asdict(model.config),
+    save_checkpoint(path, model=model.state_dict(), gpt=asdict(model.config),
                     tokenizer=tokenizer, fingerprint=fingerprint(enc), **extra)
 
 
@@ -400,7 +399,8 @@ def main(cfg):
     require(cfg, 0, "lr", "weight_decay", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "schedule", "cosine", "constant")
-    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
     set_seed(cfg.seed)
     model, enc = first_model(cfg, device)
     if not cfg.data:
@@ -427,7 +427,7 @@ def main(cfg):
             loss = lm_loss(model, ids.to(device), segments.to(device))
         loss = global_mean(loss, sum(map(len, documents)) - len(documents))   # n: predictions
         lr = lr_at(step, cfg.steps, cfg.lr, cfg.schedule)
-        norm = run.take_step(loss, optimizer, model, lr, ids[0, :8])   # ids: for error messages
+        norm = run.take_step(loss, optimizer, model, lr, ids[0, :8], "token id")
         row = dict(step=step, loss=loss.item(), grad_norm=norm)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, enc, device)

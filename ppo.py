@@ -57,7 +57,7 @@ class Config(RunConfig):
     prompts: str = ""            # prompts in any record format; empty: the village's
     text: str = ""               # text for the ptx term; empty: the text of OUT/gpt.pt
     name: str = "ppo"            # the checkpoint becomes OUT/NAME.pt; evaluate.py lists all names
-    updates: int = 60            # of --rollout-size responses each; watch gold, not the reward
+    updates: int = 60            # rollouts; judge by gold or samples when to stop, not by reward
     rollout_size: int = 128      # responses per update; more is steadier
     epochs: int = 4              # passes over a rollout; more than four rarely pays
     minibatches: int = 2         # steps per pass
@@ -155,16 +155,16 @@ def response_mask(prompt_lengths, lengths, T):
 
 @torch.no_grad()
 def rollout(sampler, policy, reference, reward_model, value_model, prompts, end, cfg, seed):
-    """Sample a response to each prompt (a list of ids) and let all models look at it -> Rollout."""
+    """Sample a response to each prompt (a list of ids) and run all four models on it -> Rollout."""
     device = policy.wte.weight.device
     # Each process samples its shard with its own seed, then all processes get all responses.
     responses = gpt.generate(sampler, shard(prompts), cfg.max_new_tokens, stop=end,
                              seed=seed + rank())
     responses = all_gather_ids(responses, cfg.max_new_tokens, device)
-    ids = pad([torch.tensor(p + a) for p, a in zip(prompts, responses)]).to(device)   # (B, T)
+    ids = pad([torch.tensor(p + r) for p, r in zip(prompts, responses)]).to(device)   # (B, T)
     starts = torch.tensor([len(p) for p in prompts], device=device)
-    lengths = starts + torch.tensor([len(a) for a in responses], device=device)   # (B,)
-    ended = torch.tensor([a[-1] == end for a in responses], device=device)
+    lengths = starts + torch.tensor([len(r) for r in responses], device=device)   # (B,)
+    ended = torch.tensor([r[-1] == end for r in responses], device=device)
     # The same forward pass at temperature 1 as in the loss, so the first ratio is exactly 1.
     logprobs = gpt.token_logprobs(policy, ids)
     ref_logprobs = gpt.token_logprobs(reference, ids)
@@ -182,15 +182,15 @@ def losses(policy, value_model, b, advantages, returns, rows, cfg):
     T = int(b.lengths[rows].max())
     ids = b.ids[rows, :T]   # (n, T) of n rows; no autocast: bf16 rounds ratios near 1 to 1
     mask = b.mask[rows, :T - 1]                                               # (n, T-1)
-    old_logprobs, old_values = b.old_logprobs[rows, :T - 1], b.values[rows, :T - 1]
+    old = b.old_logprobs[rows, :T - 1]
     logprobs = gpt.token_logprobs(policy, ids)
+    old_values = b.values[rows, :T - 1]
     values = value_model(ids)[:, :-1]
-    advantages, returns = advantages[rows, :T - 1], returns[rows, :T - 1]
-    pg_loss, clipfrac = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip)
-    vf_loss = value_loss(values, old_values, returns, mask, cfg.value_clip)
+    pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
+    vf_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
     pg_loss = global_mean(pg_loss, mask.sum())
     vf_loss = global_mean(vf_loss, mask.sum())
-    log_ratio = (logprobs - old_logprobs).detach() * mask
+    log_ratio = (logprobs - old).detach() * mask
     value_clipped = ((values - old_values).abs() > cfg.value_clip).float()
     stat = dict(pg=pg_loss.item(),
                 vf=vf_loss.item(),
@@ -201,10 +201,11 @@ def losses(policy, value_model, b, advantages, returns, rows, cfg):
     return pg_loss, vf_loss, all_reduce_mean(stat)
 
 
-def ptx_loss(policy, text, odds, cfg, rng):
+def ptx_loss(policy, sources, odds, cfg, rng):
     """Next-token loss on freshly drawn pretraining documents."""
-    T, device = policy.config.block_size, policy.wte.weight.device
-    documents = shard(draw_documents(text, odds, cfg.ptx_tokens, T, rng)[0])
+    T = policy.config.block_size
+    device = policy.wte.weight.device
+    documents = shard(draw_documents(sources, odds, cfg.ptx_tokens, T, rng)[0])
     ids, segments = pack(documents, T)                                        # (B, T) each
     loss = gpt.lm_loss(policy, ids.to(device), segments.to(device))
     return global_mean(loss, sum(map(len, documents)) - len(documents))
@@ -235,16 +236,17 @@ def check(cfg):
     require(cfg, 0, "value_warmup", most=cfg.updates - 1)   # at least one update trains the policy
     check_name(cfg, "gpt", "sft", "reward", "dpo")
     if cfg.offline and cfg.target_kl:
-        raise UserError("--offline with --target-kl: frozen samples do not show the policy's KL")
+        raise UserError("--offline with --target-kl: frozen samples do not measure the policy's KL")
     if cfg.target_kl and not cfg.beta:
-        raise UserError("--beta 0 with --target-kl: 0 cannot adapt; start from --beta 0.1")
+        raise UserError("--beta 0 with --target-kl: beta is adapted by factors; start from 0.1")
     if cfg.rollout_size % world_size():
-        raise UserError(f"--rollout-size {cfg.rollout_size}: not a multiple of the processes")
+        raise UserError(f"--rollout-size {cfg.rollout_size}: not a multiple of {world_size()}")
 
 
 def main(cfg):
     check(cfg)
-    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
     ensure_stage(out / "reward.pt", reward, cfg)
     set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
@@ -258,20 +260,19 @@ def main(cfg):
     if village:
         folder = rank0_first(lambda: corpus.ensure(out / "data", cfg.seed))
         cfg.prompts = str(folder / "prompts_train.jsonl")
-    block_size = policy.config.block_size
-    room = block_size - cfg.max_new_tokens   # tokens of the longest prompt
+    room = policy.config.block_size - cfg.max_new_tokens   # tokens of the longest prompt
     prompts = sft.fit_prompts(load_prompts(cfg.prompts), enc, room)
     if not prompts:
-        raise UserError(f"{cfg.prompts}: no prompt has at most {room} tokens; lower "
-                        f"--max-new-tokens, or pretrain with a larger --block-size")
+        raise UserError(f"{cfg.prompts}: no prompt fits the context; lower --max-new-tokens")
     gold = load_grader(cfg.gold, prompts)
     if cfg.ptx:
-        text = checkpoint_text(out / "gpt.pt", enc, block_size, cfg.text)
-        odds = document_odds(text, block_size)
-
+        T = policy.config.block_size
+        sources = checkpoint_text(out / "gpt.pt", enc, T, cfg.text)
+        odds = document_odds(sources, T)
     policy_optimizer = adamw(policy, cfg.lr)
     value_optimizer = adamw(value_model, cfg.lr)
-    rng, order = random.Random(cfg.seed), []   # order: prompts left in this pass
+    rng = random.Random(cfg.seed)
+    order = []   # prompts left in this pass
     state = {"beta": cfg.beta, "warned": {}}
     run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy,
               value=value_model, policy_optimizer=policy_optimizer,
@@ -284,7 +285,7 @@ def main(cfg):
         b = rollout(sampler, policy, reference, reward_model, value_model,
                     [p["ids"] for p in batch], end_of(enc), cfg, seed=rng.randrange(2**31))
         rewards = kl_rewards(b.scores, b.logprobs, b.ref_logprobs, b.mask, state["beta"])
-        advantages, returns = gae.gae(rewards, b.values, b.mask, cfg.gamma, cfg.lam)
+        advantages, returns = gae.gae(rewards, b.values, b.mask, cfg.gamma, cfg.lam)   # (B, T-1)
         advantages = gae.whiten(advantages, b.mask)   # V's targets, the returns, stay unwhitened
         lr = lr_at(update, cfg.updates, cfg.lr, "linear")
         stats = []
@@ -296,7 +297,7 @@ def main(cfg):
             stat["norm"] = 0.0
             if update >= cfg.value_warmup:
                 if cfg.ptx:
-                    pg_loss = pg_loss + cfg.ptx * ptx_loss(policy, text, odds, cfg, rng)
+                    pg_loss = pg_loss + cfg.ptx * ptx_loss(policy, sources, odds, cfg, rng)
                 stat["norm"] = run.take_step(pg_loss, policy_optimizer, policy, lr, rows)
             run.take_step(vf_loss, value_optimizer, value_model, lr, rows)
             stats.append(stat)
@@ -309,7 +310,6 @@ def main(cfg):
         if cfg.target_kl and update > cfg.value_warmup:   # the policy had moved before this rollout
             kl = row["objective/kl"]
             state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
-
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed,
                    beta=cfg.beta)
     run.finish()

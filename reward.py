@@ -15,8 +15,8 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
     python reward.py --loss token-margin                    other losses: token-margin, regression
 
-A minute on two CPU cores, sampling included. Needs OUT/sft.pt and trains it first if it is missing.
-Read next: gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
+A minute on two CPU cores, sampling included. Trains OUT/sft.pt first if it is missing. Read next:
+gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
 """
 import random
 from dataclasses import dataclass
@@ -228,7 +228,7 @@ def normalise(model, policy, enc, records, cfg):
     fitting = sft.fit_prompts(records, enc, policy.config.block_size - 1)
     chats = [r["prompt"] for r in fitting[:cfg.normalise_on]]
     if len(chats) < 2:
-        raise UserError(f"--normalise-on {cfg.normalise_on}: fewer than 2 prompts fit the context")
+        raise UserError("fewer than 2 prompts fit the context; use a larger --block-size")
     responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     model.mean.zero_()
     model.std.fill_(1)
@@ -276,9 +276,11 @@ def batch_plan(sizes, cfg, rng):
 
 def main(cfg):
     require(cfg, 1, "epochs", "batch_prompts", "max_new_tokens")
+    require(cfg, 2, "normalise_on")
     require(cfg, 0, "lr", most=10)
     choose(cfg, "loss", "ranking", "token-margin", "regression")
-    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
     ensure_stage(out / "sft.pt", sft, cfg)
     set_seed(cfg.seed)
     tuned, enc, base = gpt.load_model(out / "sft.pt", device)
@@ -295,11 +297,9 @@ def main(cfg):
     for step in run.steps(len(plan)):
         with autocast(device):
             loss = batch_loss(model, [train[i] for i in shard(plan[step])], device, cfg)
-        lr = lr_at(step, len(plan), cfg.lr)
-        norm = run.take_step(loss, optimizer, model, lr, plan[step])
+        norm = run.take_step(loss, optimizer, model, lr_at(step, len(plan), cfg.lr), plan[step])
         run.log(step=step, loss=loss.item(), grad_norm=norm)
         run.bar.set_postfix(loss=f"{loss.item():.3f}")
-
     normalise(model, tuned, enc, [c.record for c in train], cfg)
     save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"],
                     tokenizer=base["tokenizer"], fingerprint=base["fingerprint"], seed=cfg.seed,

@@ -194,7 +194,8 @@ def main(cfg):
     require(cfg, 0, "lr", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "select", "val", "reward", "last")
-    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
     if not cfg.init:
         ensure_stage(out / "gpt.pt", gpt, cfg)
     init = Path(cfg.init or out / "gpt.pt")

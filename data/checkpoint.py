@@ -19,7 +19,7 @@ def tokenizer_of(state, path):
     if fingerprint(enc) != state["fingerprint"]:
         name = state["tokenizer"] or "data/tokenizer.json"
         raise UserError(f"{path}: {name} has changed since this checkpoint was trained; "
-                        f"bring the old one back, or train again")
+                        f"restore the old one, or train again")
     return enc
 
 

@@ -228,8 +228,10 @@ def read_comparison(r, where):
              for x in pair]
     if "prompt" in r:   # beside it, each side is a whole chat, or only the response
         prompt = as_messages(r["prompt"], where)
-        chats = [c if c[0]["role"] != "assistant" or c[:len(prompt)] == prompt else prompt + c
-                 for c in chats]
+        for i, c in enumerate(chats):
+            only_response = c[0]["role"] == "assistant" and c[:len(prompt)] != prompt
+            if only_response:
+                chats[i] = prompt + c
     prompts = [c[:-1] for c in chats]
     last = [c[-1] for c in chats]
     if not prompts[0] or prompts[0] != prompts[1] or any(m["role"] != "assistant" for m in last):
@@ -268,7 +270,7 @@ def read_prompt(r, where, rng):
         return as_messages(r["prompt"], where)
     if "chosen" in r:
         comparison = read_comparison(r, where)
-        return comparison and comparison[0]
+        return comparison[0] if comparison else None
     if "messages" in r:
         messages = check_messages(r["messages"], where)
     else:
@@ -353,11 +355,11 @@ def load_val(train, path, load, seed):
     return split_by_user(train, seed=seed)
 
 
-def load_grader(spec, records):
+def load_grader(spec, records, flag="--gold"):
     """Import the grader 'package.module:function', which grades (task, response).
 
-    Grades are for reports only. Returns None for an empty spec, and if a record has no task with a
-    kind: users' records may have a "task" of another meaning. Raises UserError for a wrong spec.
+    Grades are for reports only. Returns None for an empty spec, and unless every record has a task
+    with a kind: users may use "task" for something else. Raises UserError for a wrong spec.
     """
     graded = all(isinstance(r.get("task"), dict) and "kind" in r["task"] for r in records)
     if not spec or not graded:
@@ -365,10 +367,10 @@ def load_grader(spec, records):
     try:
         module, name = spec.split(":")
         return getattr(importlib.import_module(module), name)
-    except (ValueError, ImportError, AttributeError) as e:
-        raise UserError(f"--gold {spec}: write it as module:function ({e})") from None
+    except (ValueError, ImportError, AttributeError, TypeError) as e:
+        raise UserError(f"{flag} {spec}: write it as module:function ({e})") from None
 
 
 def mean_grade(grader, records, responses):
     """Return the mean grade of one response (a string) per record."""
-    return sum(grader(r["task"], a) for r, a in zip(records, responses)) / len(responses)
+    return sum(grader(r["task"], text) for r, text in zip(records, responses)) / len(responses)

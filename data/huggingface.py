@@ -1,5 +1,6 @@
 """GPT-2 weights in Hugging Face's layout, in and out; gpt.GPT.from_pretrained calls this."""
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer
              n_embd="n_embd")
 # Hugging Face stores these matrices of a block as (in, out), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# Causal masks that older files store beside the weights.
-BUFFERS = (".attn.bias", ".attn.masked_bias")
+# The parameters of a gpt.GPT; older files store other tensors beside them, such as causal masks.
+NAME = re.compile(r"(wte|wpe)\.weight|(ln_f|h\.(?P<layer>\d+)\.(ln_1|ln_2|attn\.c_attn|"
+                  r"attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.(weight|bias)")
 
 
 def read_sizes(folder):
@@ -57,9 +59,10 @@ def read(folder):
     try:
         for name, tensor in weights.items():
             name = name.removeprefix("transformer.")
-            if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) and not name.endswith(BUFFERS):
+            match = NAME.fullmatch(name)
+            if match and int(match["layer"] or 0) < sizes["n_layer"]:
                 ours[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
-    except AttributeError as e:   # not a dict of names and tensors
+    except (AttributeError, TypeError) as e:   # not a dict of names and tensors
         raise UserError(f"{folder}: not GPT-2 weights ({brief(e)})") from None
     return sizes, ours
 

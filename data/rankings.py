@@ -6,6 +6,8 @@ prompt (start), and the record with their ranks, 1 for the best.
 import itertools
 from collections import Counter
 
+import torch
+
 
 def ranked_pairs(ranks):
     """Return the pairs (better, worse) of indices into K ranks, ties left out."""
@@ -17,7 +19,8 @@ def choose_pairs(responses, ranks, how, rng):
 
     how: all, extreme (the widest difference in rank) or random (one pair).
     """
-    pairs = [(i, j) for i, j in ranked_pairs(ranks) if responses[i] != responses[j]]
+    in_fp32 = torch.tensor(ranks, dtype=torch.float).tolist()   # as the reward model's loss
+    pairs = [(i, j) for i, j in ranked_pairs(in_fp32) if responses[i] != responses[j]]
     if not pairs or how == "all":
         return pairs
     if how == "extreme":
@@ -36,8 +39,11 @@ def pair_accuracy(scores, ranks, distance=None):
     for s, r in zip(scores, ranks):
         for i, j in ranked_pairs(r):
             if distance is None or distance(r[j] - r[i]):
-                right += (s[i] > s[j]) + 0.5 * (s[i] == s[j])
                 n += 1
+                if s[i] > s[j]:
+                    right += 1
+                elif s[i] == s[j]:
+                    right += 0.5
     return (right / n if n else float("nan")), n
 
 

@@ -90,7 +90,8 @@ def read_weights(path, mixture):
         if not mixture:
             form = 'expected a JSON object such as {"books": 2, "web": 1}'
         raise UserError(f"{origin}: {form}") from None
-    if weights and not (min(weights.values()) >= 0 < sum(weights.values()) < math.inf):
+    valid = all(w >= 0 for w in weights.values()) and 0 < sum(weights.values()) < math.inf
+    if weights and not valid:
         raise UserError(f"{origin}: weights must be 0 or more, and not all 0")
     return weights, origin
 
@@ -147,7 +148,7 @@ def checkpoint_text(path, enc, block_size, other=""):
                         f"make it with: python gpt.py --out {Path(path).parent}")
     if not os.path.exists(state["data"]):
         raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; "
-                        f"bring it back, or pretrain again")
+                        f"restore it, or pretrain again")
     return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
 
 

@@ -118,9 +118,9 @@ def choose(cfg, name, *choices):
 
 
 def check_name(cfg, *stages):
-    """Raise UserError if --name is a path or the name of another stage's checkpoint."""
-    if cfg.name in stages or "/" in cfg.name:
-        raise UserError(f"--name {cfg.name}: a path or the name of another stage; choose another")
+    """Raise UserError if --name is a path or the name of another stage."""
+    if cfg.name in ("", "base", *stages) or "/" in cfg.name:
+        raise UserError(f"--name {cfg.name}: must be neither a path nor the name of another stage")
 
 
 def pick_device(name):
@@ -173,5 +173,5 @@ def start(main, cls, doc, distributed=False):
         fail(f"{e.filename or 'file'}: {e.strerror or e}")
     except KeyboardInterrupt:
         hint = "; continue with --resume" if hasattr(cls, "resume") else ""
-        print(f"\nstopped; finished work is saved{hint}", file=sys.stderr)
+        print(f"\nstopped{hint}", file=sys.stderr)
         sys.exit(130)

@@ -95,7 +95,7 @@ def warnings(row, first_entropy, cfg):
                                f"mask is off")
     if kl > max(20, 4 * cfg.target_kl):
         found["kl"] = (f"KL to the reference is {kl:.0f} nats, too far for the reward model to be "
-                       f"right: raise --beta, or lower --lr")
+                       f"reliable: raise --beta, or lower --lr")
     if entropy < 0.2 * first_entropy:
         found["entropy"] = (f"entropy fell from {first_entropy:.3f} to {entropy:.3f} nats per "
                             f"token: the policy collapses to one response; raise --beta, or "
@@ -117,7 +117,7 @@ def warnings(row, first_entropy, cfg):
 
 
 def warn_once(run, row, state, cfg):
-    """Print the warnings of an update that no earlier update had, and show its numbers on the bar.
+    """Print each warning the first time it occurs, and update the progress bar.
 
     state: a dict that keeps the first entropy and {warning: update}.
     """

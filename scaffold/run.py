@@ -1,9 +1,9 @@
 """A training run that survives a kill, stops at a NaN, and logs what it does.
 
 The next step of a run depends on its weights, its optimizer, its random states and its position in
-the data. Run saves all of these every --save-every steps, the new file beside the old one until it
-is complete. --resume loads the newest complete file, and the next step is, bit for bit, the step
-that would have come.
+the data. Run saves all of these every --save-every steps; a new file replaces the old one only when
+it is complete. --resume loads the newest complete file and continues, bit for bit, as if the run
+had never stopped.
 
     run = Run(cfg, "sft", model=model, optimizer=optimizer, rng=rng)   # all that a step changes
     for step in run.steps(n):                                          # saves, also on Ctrl-C
@@ -12,7 +12,7 @@ that would have come.
         run.log(step=step, loss=loss.item(), grad_norm=norm)
     run.finish()
 
-A second process in the same folder is refused. `python lab/resume.py` demonstrates the bits.
+A second process in the same folder is refused. `python lab/resume.py` shows it.
 """
 import json
 import math
@@ -144,8 +144,8 @@ def ensure_stage(path, stage, cfg, **settings):
     state = path.with_suffix(".state")
     name = stage.__name__
     if state.exists() and not resume:
-        raise UserError(f"{state}: a run stopped here; continue it with --resume (if it had its "
-                        f"own settings: python {name}.py --resume and these), or delete this file")
+        raise UserError(f"{state}: a run stopped here; continue it with --resume (with "
+                        f"its settings: python {name}.py --resume ...), or delete this file")
     print(f"{path} is missing: running {name}.py first")
     stage.main(stage.Config(out=str(path.parent), seed=cfg.seed, device=cfg.device, resume=resume,
                             **settings))
@@ -279,7 +279,9 @@ class Run:
         for path in candidates:
             try:
                 state = load_checkpoint(path)
-                if "settings" not in state:
+                keys = {"settings", "n", "step", "parts", "random", "seconds", "log_bytes"}
+                complete = isinstance(state, dict) and keys <= set(state)
+                if not complete or not isinstance(state["settings"], dict):
                     raise UserError(f"{path}: not the state of a run")
             except UserError as e:
                 self.damaged.append(path)
@@ -300,11 +302,11 @@ class Run:
             return
         if changed == ["files"]:
             raise UserError("--resume: a file that this run reads has changed since it started; "
-                            "bring it back, or leave --resume out")
+                            "restore it, or leave --resume out")
         name = changed[0]
         if name == "processes":
-            raise UserError(f"--resume: {self.name} was started by {saved['processes']} processes, "
-                            f"not {world_size()}")
+            raise UserError(f"--resume: {self.name} was started by {saved.get('processes')} "
+                            f"processes, not {world_size()}")
         raise UserError(f"--resume: {self.name} was started with --{name.replace('_', '-')} "
                         f"{saved.get(name)}, not {self.settings[name]}; "
                         f"type the same settings, or leave --resume out")
@@ -326,7 +328,7 @@ class Run:
         saved = self.saved
         if saved["n"] != n:
             raise UserError(f"--resume: this data gives {n} steps, the saved run had {saved['n']}; "
-                            f"bring the same data, or leave --resume out")
+                            f"use the same data, or leave --resume out")
         if rank() == 0:
             for path in self.damaged:   # else the next save would keep it in place of the good one
                 path.unlink()
@@ -342,7 +344,7 @@ class Run:
         self.saved = None   # it may be as large as the model
 
     def seconds(self):
-        """Return the seconds spent on this run, those before a kill included."""
+        """Return the seconds spent on this run, including those before a kill."""
         return time.time() - self.start
 
     def interrupt(self, *_):
@@ -381,7 +383,7 @@ class Run:
                     yield self.step
                     self.step += 1
                     self.bar.update()
-                    # Not after the last step: a run killed there repeats what follows the loop.
+                    # No save after the last step: a run killed after the loop repeats some steps.
                     due = self.every and self.step % self.every == 0
                     if self.step < n and (self.stop or due):
                         self.save(n)
@@ -391,11 +393,11 @@ class Run:
             if catching:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def take_step(self, loss, optimizer, model, lr, batch):
+    def take_step(self, loss, optimizer, model, lr, batch, unit="record"):
         """Take one optimizer step; return the gradient norm.
 
         If it diverges, the message names the step, the batch and the last good checkpoint. batch:
-        numbers that identify the batch, such as indices into the data.
+        numbers that identify the batch; unit: what they number.
         """
         try:
             return take_step(loss, optimizer, model, lr, where=f"{self.name}, step {self.step}")
@@ -404,7 +406,8 @@ class Run:
             if self.saved_at is not None:
                 good = f"{self.path}, of step {self.saved_at}"
             numbers = [int(i) for i in batch]
-            raise Diverged(f"{e}; batch {numbers}; last good checkpoint: {good}") from None
+            raise Diverged(f"{e}; batch of {unit}s {numbers}; "
+                           f"last good checkpoint: {good}") from None
 
     def log(self, **row):
         """Append a row to the log; floats are averaged over the processes."""

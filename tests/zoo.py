@@ -817,7 +817,7 @@ MUTANTS = [
         new="read = [s or 0.0 for s in scores]",
         bug="a verdict that cannot be read is a score of 0",
         published="manthanguptaa/water #57",
-        tests="self_reward"),
+        tests="verdicts"),
     Mutant(
         name="first-number",
         file="data/verdicts.py",
@@ -825,7 +825,7 @@ MUTANTS = [
         new="return float(found[0])",
         bug="the first number of a verdict is taken for its score",
         published="openagent-eval #74",
-        tests="self_reward"),
+        tests="verdicts"),
     Mutant(
         name="no-replay",
         file="self_reward.py",
@@ -837,7 +837,7 @@ MUTANTS = [
     Mutant(
         name="ties-are-wins",
         file="evaluate.py",
-        old="[0.5 + 0.5 * ((g > o) - (g < o)) for",
+        old="[0.5 if g == o else float(g > o) for",
         new="[float(g >= o) for",
         bug="the new model wins where nobody does",
         published="minChatGPT evaluate.py (the new answer is always B)",
