@@ -1,0 +1,90 @@
+"""Tests of lab/judge_quality.py: the measures in the table of self_reward.py."""
+
+import math
+
+import pytest
+import torch
+
+import gpt
+import sft
+from lab import judge_quality
+from self_reward import Pair
+
+ENC = gpt.get_tokenizer()
+
+
+def tiny_gpt():
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 128, 1, 2, 16))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "x, y, correlation",
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 1000], 1),
+        ([1, 2, 3], [3, 2, 1], -1),
+        # Ranks (1, 2.5, 2.5, 4) against (1, 2, 3, 4): 4.5 / sqrt(4.5 * 5).
+        ([0, 5, 5, 9], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5)),
+    ],
+)
+def test_spearman_by_hand(x, y, correlation):
+    assert judge_quality.spearman(x, y) == pytest.approx(correlation)
+
+
+def test_spearman_of_a_constant_is_nan():
+    assert math.isnan(judge_quality.spearman([1, 1, 1], [1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "scores, golds, accuracy",
+    [
+        ([3, 1, 2], [1, 0, 0.5], 1),
+        ([2, 2], [1, 0], 0.5),  # equal scores count half
+        ([1, 2], [1, 0], 0),
+        ([9, 0, 5], [1, 1, 0], 0.5),  # one pair right, one wrong, one of equal gold
+        ([None, 5.0], [1, 0], 0),  # a missing score is the lowest
+    ],
+)
+def test_accuracy_by_hand(scores, golds, accuracy):
+    assert judge_quality.accuracy([scores], [golds]) == accuracy
+
+
+def test_win_tie_lose_by_hand():
+    shares = judge_quality.win_tie_lose([[1, 0], [0.5, 0]], [[0, 0], [0.5, 1]])
+    assert shares == [0.25, 0.5, 0.25]
+
+
+def test_agreement_by_hand():
+    golds = [[0, 1], [1, 0], [1, 1], [2, 3]]
+    pairs = [Pair(0, 1, 0), Pair(1, 1, 0), Pair(2, 0, 1), Pair(3, 1, 0)]
+    assert judge_quality.agreement(pairs, golds) == dict(agree=0.5, contradict=0.25)
+    assert judge_quality.agreement(pairs, None) == {}
+
+
+def test_likelihood_sums_the_log_probabilities_with_the_end_token():
+    model = tiny_gpt()
+    prompts = [{"prompt": [{"role": "user", "content": text}]} for text in ("Hi", "Who are you?")]
+    responses = [["Hello.", "I am Tom."], ["I am Tom.", ""]]
+    values = judge_quality.likelihood(model, ENC, prompts, responses)
+    for p, row, row_values in zip(prompts, responses, values):
+        for response, value in zip(row, row_values):
+            chat = p["prompt"] + [{"role": "assistant", "content": response}]
+            ids, mask = sft.render(chat, ENC)
+            logp = torch.log_softmax(model(torch.tensor([ids])), -1)[0]
+            total = sum(logp[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
+            assert value == pytest.approx(total, abs=1e-4)
+
+
+def test_the_table_shows_only_columns_with_values():
+    rows = [
+        dict(run="main", stage="M1", gold=0.25, vs_m1=None, length=8.0),
+        dict(run="main", stage="M2", gold=None, vs_m1=[0.5, 0.3, 0.2], length=9.0),
+    ]
+    assert judge_quality.format_table(rows).split("\n") == [
+        "run   model   gold  win/tie/lose M1  length",
+        "main  M1     0.250                -     8.0",
+        "main  M2         -         50/30/20     9.0",
+    ]
