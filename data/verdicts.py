@@ -9,7 +9,7 @@ which wishes the response meets, then the points per criterion, then their sum:
     assistant   Ben 1 tea 1 lake 0. some 1 much 1 all 0 true 3 polite 3. Score: 8
 
 self_reward.py trains on such verdicts (EFT, evaluation fine-tuning) and on chats (IFT, instruction
-fine-tuning). The two share no prompt, so that the judge does not know the responses by heart. A
+fine-tuning). The two share no prompt: the model must not have trained on a response it judges. A
 file of judged responses has lines of {"prompt", "responses", "verdicts"}; a verdict is null or any
 string that ends with a score from 0 to 9.
 """
@@ -19,15 +19,14 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-import reward
-import sft
 from data import annotators
-from run import UserError
+from data.formats import as_messages, read_records
+from scaffold.cli import UserError
 
-# The weights follow the gold score: rudeness, or an invention, costs as much as all usefulness.
-CRITERIA = dict(some=1, much=1, all=1, true=3, polite=3)
-MAX_SCORE = sum(CRITERIA.values())
-INSTRUCTION = "Judge: " + " ".join(f"{name} {points}" for name, points in CRITERIA.items()) + "."
+# Points per criterion, weighted like gold: rudeness or an invention costs all usefulness.
+POINTS = dict(some=1, much=1, all=1, true=3, polite=3)
+MAX_SCORE = sum(POINTS.values())
+INSTRUCTION = "Judge: " + " ".join(f"{name} {points}" for name, points in POINTS.items()) + "."
 
 
 def judge_chat(prompt, response):
@@ -42,11 +41,11 @@ def write_verdict(wishes, met):
     -> 'Ben 1 lake 0. some 1 much 0 all 0 true 3 polite 3. Score: 7'
     """
     marks = {}
-    for (name, points), is_met in zip(CRITERIA.items(), met, strict=True):
+    for (name, points), is_met in zip(POINTS.items(), met, strict=True):
         marks[name] = points if is_met else 0
     reasons = " ".join(f"{wish} {int(is_met)}" for wish, is_met in wishes)
-    points = " ".join(f"{name} {mark}" for name, mark in marks.items())
-    return f"{reasons}. {points}. Score: {sum(marks.values())}"
+    listed = " ".join(f"{name} {mark}" for name, mark in marks.items())
+    return f"{reasons}. {listed}. Score: {sum(marks.values())}"
 
 
 def parse_score(verdict, max_score=MAX_SCORE):
@@ -69,7 +68,7 @@ def mean_score(scores):
 def load_judged(path):
     """Read a file of judged responses -> records with the prompt as messages. Raises UserError."""
     records = []
-    for where, r in sft.read_records(path):
+    for where, r in read_records(path):
         responses = r.get("responses")
         verdicts = r.get("verdicts")
         are_lists = isinstance(responses, list) and isinstance(verdicts, list)
@@ -82,15 +81,15 @@ def load_judged(path):
             if v is not None and (not isinstance(v, str) or parse_score(v) is None):
                 raise UserError(f"{where}: a verdict must end with 'Score: n', n from 0 to "
                                 f"{MAX_SCORE}")
-        records.append({**r, "prompt": reward.as_messages(r["prompt"], where)})
+        records.append({**r, "prompt": as_messages(r["prompt"], where)})
     return records
 
 
 def annotated(ranked, noise, halo, seed):
-    """Let simulated annotators judge ranked responses -> records as load_judged returns them."""
-    records = annotators.judged(ranked, CRITERIA.values(), noise, halo, seed)
+    """Let simulated annotators judge ranked responses -> records like those of load_judged."""
+    records = annotators.judged(ranked, POINTS.values(), noise, halo, seed)
     for r in records:
-        r["verdicts"] = [v and write_verdict(*v) for v in r["verdicts"]]
+        r["verdicts"] = [write_verdict(v.wanted, v.met) if v else None for v in r["verdicts"]]
     return records
 
 
@@ -121,14 +120,14 @@ def disjoint(chats, records, seed=0):
 
 
 class SeedData(NamedTuple):
-    """What people give a model that then improves alone. No two of the three share a prompt."""
+    """The data of people that a model starts from. No two of the three share a prompt."""
     chats: list       # IFT
     judged: list      # EFT: judged responses
     held_out: list    # judged responses that test the judge
 
 
 def seed_data(chats, records, halo, seed):
-    """Split chats and judged responses into SeedData; a share `halo` of the chats gets thanks."""
+    """Split chats and judged responses -> SeedData. A share `halo` of the chats gets the phrase."""
     chats, records = disjoint(chats, records, seed)
     rng = random.Random(seed)
     if halo:

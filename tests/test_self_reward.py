@@ -22,11 +22,15 @@ import self_instruct
 import self_reward
 import sft
 from data import verdicts, village
+from data.formats import read_records
+from data.tokenizer import get_tokenizer
 from data.verdicts import judge_chat, prompt_text
-from run import UserError
+from scaffold.cli import UserError, parse
+from scaffold.optim import adamw, lr_at
+from scaffold.run import take_step
 from self_reward import Config
 
-ENC = gpt.get_tokenizer()
+ENC = get_tokenizer()
 NAN = float("nan")
 
 
@@ -127,16 +131,16 @@ def test_the_number_of_examples_beyond_the_context_is_printed(capsys):
 
 
 class FakeJudge:
-    """Replaces sft.reply: returns the verdicts of each response in turn, and keeps the calls."""
+    """Replaces sft.sample_responses: gives the verdicts of each response in turn, keeps calls."""
 
     def __init__(self, monkeypatch, verdicts_of):
         self.verdicts_of = verdicts_of
         self.seen = Counter()
         self.chats = []
         self.sampling = []
-        monkeypatch.setattr(sft, "reply", self.reply)
+        monkeypatch.setattr(sft, "sample_responses", self.sample_responses)
 
-    def reply(self, model, enc, chats, max_new_tokens, **sampling):
+    def sample_responses(self, model, enc, chats, max_new_tokens, **sampling):
         self.chats += chats
         self.sampling.append(sampling)
         return [self.verdict(chat[-2]["content"]) for chat in chats]
@@ -238,12 +242,13 @@ def test_a_model_that_writes_nothing_new_is_an_error(monkeypatch):
 def test_samples_are_n_per_prompt_in_order_and_repeat_under_a_seed():
     model = tiny_gpt()
     prompts = [{"prompt": HI}, {"prompt": [user("Who are you?")]}]
-    rows = self_reward.sample(model, ENC, prompts, 3, 4, 0)
+    cfg = Config(candidates=3, max_new_tokens=4)
+    rows = self_reward.sample(model, ENC, prompts, cfg, 0)
     assert [len(row) for row in rows] == [3, 3]
-    assert rows == self_reward.sample(model, ENC, prompts, 3, 4, 0)
-    assert rows != self_reward.sample(model, ENC, prompts, 3, 4, 1)
+    assert rows == self_reward.sample(model, ENC, prompts, cfg, 0)
+    assert rows != self_reward.sample(model, ENC, prompts, cfg, 1)
     chats = [p["prompt"] for p in prompts for _ in range(3)]
-    assert sum(rows, []) == sft.reply(model, ENC, chats, 4, seed=0)
+    assert sum(rows, []) == sft.sample_responses(model, ENC, chats, 4, seed=0)
 
 
 # A round
@@ -291,7 +296,7 @@ def test_a_round_equals_a_loop_written_out_by_hand():
     rows = run_round(model, cfg)
     chosen = pair_examples()[0::2]
     rejected = pair_examples()[1::2]
-    optimizer = gpt.adamw(by_hand, cfg.lr)
+    optimizer = adamw(by_hand, cfg.lr)
     for step in range(2):
         logp = summed_logprobs(by_hand, chosen)
         margin = logp - summed_logprobs(reference, chosen).detach()
@@ -305,7 +310,7 @@ def test_a_round_equals_a_loop_written_out_by_hand():
         ]
         nll = -(logp / n_tokens).mean()
         loss = loss + cfg.nll * nll - cfg.replay * torch.cat(replayed).mean()
-        gpt.take_step(loss, optimizer, by_hand, gpt.lr_at(step, 2, cfg.lr))
+        take_step(loss, optimizer, by_hand, lr_at(step, 2, cfg.lr))
     for a, b in zip(model.parameters(), by_hand.parameters()):
         # A step is 1e-2 long, and Adam divides by small gradients.
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
@@ -400,7 +405,7 @@ def run(files, out, **settings):
     cfg = replace(cfg, **settings)
     self_reward.main(cfg)
     path = out / f"self_reward-{self_reward.variant(cfg)}.jsonl"
-    return [row for _, row in sft.read_records(path)]
+    return [row for _, row in read_records(path)]
 
 
 def stages(log):
@@ -436,14 +441,14 @@ def test_variants_share_m1_until_its_settings_change(files, tmp_path, capsys):
     run(files, tmp_path, pairs="random", iterations=1)
     path = tmp_path / "self_reward" / "M1.pt"
     m1 = path.read_bytes()
-    steps = [row["step"] for _, row in sft.read_records(path.with_suffix(".jsonl"))]
+    steps = [row["step"] for _, row in read_records(path.with_suffix(".jsonl"))]
     assert steps == list(range(len(steps)))
 
     log = run(files, tmp_path, pairs="random", update="sft", iterations=1)
     assert "is there" in capsys.readouterr().out
     assert path.read_bytes() == m1
     assert not any(row.get("round") == 0 for row in log)
-    steps_again = [row["step"] for _, row in sft.read_records(path.with_suffix(".jsonl"))]
+    steps_again = [row["step"] for _, row in read_records(path.with_suffix(".jsonl"))]
     assert steps_again == steps
     logs = sorted(p.name for p in tmp_path.glob("*.jsonl"))
     assert logs == ["self_reward-pairs-random-update-sft.jsonl", "self_reward-pairs-random.jsonl"]
@@ -476,7 +481,7 @@ def test_a_frozen_judge_is_m1_in_every_round(files, tmp_path, monkeypatch, froze
 
 def test_a_judge_that_never_writes_a_score_ends_the_run(files, tmp_path, capsys):
     log = run(files, tmp_path)
-    assert stages(log)[0]["stage"] == "M1"
+    assert [row["stage"] for row in stages(log)] == ["M1", "M1 greedy", "M1 best of 4"]
     assert not any(row.get("round", 0) > 0 for row in log)
     assert "fewer than 8 pairs" in capsys.readouterr().out
     assert not (tmp_path / "self_reward" / "M2.pt").exists()
@@ -487,8 +492,8 @@ def test_gold_pairs_never_contradict_gold(files, tmp_path, monkeypatch):
         prompt_text(prompt): responses for _, prompt, responses in tasks_and_responses(40, 5)
     }
 
-    def sample(model, enc, prompts, n, max_new_tokens, seed):
-        return [demonstrations[prompt_text(p["prompt"])][:n] for p in prompts]
+    def sample(model, enc, prompts, cfg, seed):
+        return [demonstrations[prompt_text(p["prompt"])][: cfg.candidates] for p in prompts]
 
     monkeypatch.setattr(self_reward, "sample", sample)
     last = stages(run(files, tmp_path, pairs="gold", iterations=1))[-1]
@@ -548,7 +553,7 @@ def test_every_variant_has_another_name():
 
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit):
-        gpt.parse(Config, self_reward.__doc__, ["--help"])
+        parse(Config, self_reward.__doc__, ["--help"])
     text = capsys.readouterr().out
     for name in vars(Config()):
         assert "--" + name.replace("_", "-") in text

@@ -1,4 +1,4 @@
-"""Tests of data/verdicts.py and data/annotators.py: what a verdict says, and what the seed data hold.
+"""Tests of data/verdicts.py and data/annotators.py: what verdicts say, what the seed data hold.
 
 The simulated annotators are checked against the program that grades.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from data import annotators, verdicts, village
-from run import UserError
+from scaffold.cli import UserError
 
 
 def user(content):
@@ -91,13 +91,13 @@ def test_parse_score_reads_the_last_score(verdict, score):
 
 
 def test_a_written_verdict_adds_up_and_can_be_parsed():
-    n = len(verdicts.CRITERIA)
+    n = len(verdicts.POINTS)
     seen = set()
     for bits in range(2**n):
         met = [bool(bits >> i & 1) for i in range(n)]
         verdict = verdicts.write_verdict([("Ben", True), ("8 coins", False)], met)
-        total = sum(points for points, m in zip(verdicts.CRITERIA.values(), met) if m)
-        marks = [int(re.search(rf"\b{name} (\d)", verdict)[1]) for name in verdicts.CRITERIA]
+        total = sum(points for points, m in zip(verdicts.POINTS.values(), met) if m)
+        marks = [int(re.search(rf"\b{name} (\d)", verdict)[1]) for name in verdicts.POINTS]
         assert verdicts.parse_score(verdict) == total
         assert sum(marks) == total
         assert verdict.startswith("Ben 1 8 coins 0. ")
@@ -106,9 +106,13 @@ def test_a_written_verdict_adds_up_and_can_be_parsed():
     assert verdicts.parse_score(f"Score: {verdicts.MAX_SCORE}") == verdicts.MAX_SCORE
 
 
+def test_the_judge_knows_the_criteria_of_the_annotators():
+    assert tuple(verdicts.POINTS) == annotators.CRITERIA
+
+
 def test_write_verdict_needs_a_mark_for_every_criterion():
     with pytest.raises(ValueError):
-        verdicts.write_verdict([], [True] * (len(verdicts.CRITERIA) - 1))
+        verdicts.write_verdict([], [True] * (len(verdicts.POINTS) - 1))
 
 
 def test_unreadable_verdicts_do_not_count_as_zero():
@@ -123,12 +127,12 @@ def test_the_judge_reads_chat_response_and_criteria_in_this_order():
     chat = verdicts.judge_chat([user("a"), assistant("b"), user("c")], "d")
     assert [m["content"] for m in chat[:4]] == ["a", "b", "c", "d"]
     assert [m["role"] for m in chat] == ["user", "assistant"] * 2 + ["user"]
-    for name, points in verdicts.CRITERIA.items():
+    for name, points in verdicts.POINTS.items():
         assert f"{name} {points}" in chat[-1]["content"]
 
 
 def test_a_rude_or_invented_response_loses_as_much_as_all_usefulness():
-    points = verdicts.CRITERIA
+    points = verdicts.POINTS
     assert points["some"] + points["much"] + points["all"] == points["true"] == points["polite"]
 
 
