@@ -166,19 +166,16 @@ def write_prompts(model, enc, shown, known, n, seed):
     return new[:n]
 
 
-def new_prompts(cfg, t, seed, pool, writer, enc, block_size):
+def new_prompts(cfg, t, seed, pool, writer, enc, room):
     """Draw the prompts of round t from the pool; without a pool, let the writer write them."""
     if pool:
         return random.Random(seed).sample(pool, min(cfg.n_prompts, len(pool)))
-    records = []
-    for text in writer(cfg.n_prompts, seed):
-        prompt = [{"role": "user", "content": text}]
-        records.append({"prompt": prompt, "task": tasks.read_prompt(text)})
+    records = [{"prompt": [{"role": "user", "content": text}], "task": tasks.read_prompt(text)}
+               for text in writer(cfg.n_prompts, seed)]
     formats.write_records(Path(cfg.out) / "self_reward" / f"prompts-{t}.jsonl", records)
     valid = sum(r["task"]["kind"] != "nonsense" for r in records) / len(records)
     print(f"round {t}: the base model wrote {len(records)} prompts, {valid:.0%} of them valid")
-    room = block_size - cfg.max_new_tokens
-    return [r for r in records if len(sft.render_prompt(r["prompt"], enc)) < room]
+    return sft.fit_prompts(records, enc, room)
 
 
 def respond(model, enc, chats, cfg, seed, **sampling):
@@ -336,11 +333,13 @@ def load_seed_data(cfg, out):
     return verdicts.seed_data(chats, records, cfg.halo, cfg.seed)
 
 
-def load_prompts(cfg, out, enc, block_size):
+def load_prompts(cfg, out, enc, room):
     """Return the prompts of the table, and a pool of new ones; [] if a base model writes them."""
     def load(path):
-        records = formats.load_prompts(path)
-        return sft.fit_prompts(records, enc, block_size, cfg.max_new_tokens + 1)
+        prompts = sft.fit_prompts(formats.load_prompts(path), enc, room)
+        if not prompts:
+            raise UserError(f"{path}: no prompt has at most {room} tokens; lower --max-new-tokens")
+        return prompts
 
     pool = load(cfg.prompts) if cfg.prompts else []
     if cfg.test or not cfg.prompts:
@@ -370,9 +369,10 @@ def main(cfg):
     set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(init, pick_device(cfg.device))
     block_size = policy.config.block_size
+    room = block_size - cfg.max_new_tokens - 1   # tokens of the longest prompt
     rng = random.Random(cfg.seed)
     chats, judged, held_out = load_seed_data(cfg, out)
-    test_prompts, pool = load_prompts(cfg, out, enc, block_size)
+    test_prompts, pool = load_prompts(cfg, out, enc, room)
     writer = None if pool else load_writer(cfg, enc, chats, test_prompts)
     grade = formats.load_grader(cfg.grade, test_prompts + pool)
     if cfg.pairs == "gold" and not grade:
@@ -411,7 +411,7 @@ def main(cfg):
     for step in run.steps(cfg.iterations):
         t = step + 1
         seed = 1000 * cfg.seed + t
-        prompts = new_prompts(cfg, t, seed, pool, writer, enc, block_size)
+        prompts = new_prompts(cfg, t, seed, pool, writer, enc, room)
         responses = sample(policy, enc, prompts, cfg, seed)
         golds = judge_quality.grade_all(prompts, responses, grade).golds if grade else None
         if cfg.pairs == "judge":
