@@ -23,7 +23,6 @@ spaces or punctuation, which is one word: a minute per megabyte.
 import base64
 import heapq
 import json
-import os
 import re
 import sys
 import unicodedata
@@ -37,8 +36,9 @@ import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt
-from gpt import SPECIAL, UserError
+from data.text import write_text
+from data.tokenizer import SPECIAL
+from scaffold.cli import UserError, start
 
 # GPT-4's pattern, but each digit is a token: 17 and 71 share their parts, so a model can learn sums
 # digit by digit. If you change it, let every character match: tiktoken silently drops the rest.
@@ -51,12 +51,12 @@ BYTES = [bytes([b]) for b in range(256)]
 
 @dataclass
 class Config:
-    data: str = ""
-    "a UTF-8 text file, or a folder with *.txt files; use the text that the model will train on"
-    out: str = "out/tokenizer.json"
-    "the file to write; checkpoints need the tokenizer they were trained with, so keep a used one"
-    vocab_size: int = 1024
-    "all tokens, with 256 bytes and 5 specials; 1024 suits the village, 4096 to 8192 real text"
+    data: str = ""          # a UTF-8 text file, or a folder: every *.txt below it is read;
+                            # use the text that the model will train on
+    out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use,
+                                      # its checkpoints need it
+    vocab_size: int = 1024  # tokens in all, the 256 bytes and 5 specials included; 1024 suits the
+                            # village, 4096 to 8192 suit some MB of real English
 
 
 def kind_of(char):
@@ -227,17 +227,10 @@ def vocabulary(merges):
 
 
 def save(path, merges):
-    """Write the tokenizer file atomically: a killed run must not leave half a tokenizer."""
+    """Write the tokenizer file: the pattern, the tokens in the order of their ids, the specials."""
     ranks = [base64.b64encode(token).decode() for token in vocabulary(merges)]
     content = {"name": "village", "pattern": PATTERN, "ranks": ranks, "special": SPECIAL}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes((json.dumps(content, indent=0) + "\n").encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, json.dumps(content, indent=0) + "\n")
 
 
 def bytes_per_token(counts, merges):
@@ -283,4 +276,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

@@ -28,7 +28,6 @@ before you trust them on a new kind of text. They are made for prose and drop ha
 code. Read next: lab/cleaning.py.
 """
 import ipaddress
-import os
 import re
 import sys
 import unicodedata
@@ -45,24 +44,18 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import gpt
-from gpt import UserError
+from data.text import read_text, split_documents, write_text
+from scaffold.cli import UserError, require, run_folder, start
 
 
 @dataclass
 class Config:
-    data: str = ""
-    "a UTF-8 text file, or a folder of *.txt; a line <|end|> separates documents"
-    out: str = ""
-    "folder for the cleaned files"
-    min_words: int = 4
-    "shorter documents are dropped; 4 suits the village, 50 suits web pages (Gopher)"
-    threshold: float = 0.8
-    "estimated Jaccard similarity from which two documents are copies; 0.8 is usual"
-    show: int = 0
-    "print this many dropped documents per reason, for a person to judge"
-    seed: int = 0
-    "seed of the hashes"
+    data: str = ""           # a UTF-8 text file, or a folder of *.txt; <|end|> separates documents
+    out: str = ""            # the folder for the cleaned files
+    min_words: int = 4       # drop shorter documents; 4 suits the village, 50 web pages (Gopher)
+    threshold: float = 0.8   # two documents are copies from this estimated similarity on
+    show: int = 0            # print this many dropped documents per reason
+    seed: int = 0            # seed of the hashes
 
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff"
@@ -262,7 +255,7 @@ class Rule(NamedTuple):
     """How to find one form of personal data."""
     kind: str
     pattern: re.Pattern             # its group `told`, if any, introduces the number and is kept
-    check: Callable | None = None   # match -> whether it is personal data; None: always
+    check: Callable | None = None   # string -> whether it is personal data; None: it always is
 
 
 # The edges are ASCII: Chinese has no spaces around a number.
@@ -298,7 +291,7 @@ INTRODUCED_PHONE = (                # call 555 12 34
     r"[^\d\n]{0,20}?)"
     r"\(?\d(?:[ .()/-]{0,2}\d){6,14}" + STOP
 )
-# Applied in this order: a card number would also match as a phone number.
+# Applied in this order: a rule does not see what an earlier rule has masked.
 PERSONAL = [
     Rule("EMAIL", re.compile(EMAIL)),
     Rule("EMAIL", re.compile(SPELLED_EMAIL)),
@@ -368,7 +361,7 @@ def hash_words(texts, n):
     Returns (hashes, lengths): (W,) uint64, all words one after the other, and (N,), the number of
     words of each document. A document of fewer than n words is filled up with empty words.
     """
-    number = {}
+    hash_of = {}
     hashes = array("Q")
     lengths = []
     for text in texts:
@@ -376,10 +369,10 @@ def hash_words(texts, n):
         words += [""] * (n - len(words))
         lengths.append(len(words))
         for word in words:
-            if word not in number:   # not Python's hash(), which differs from run to run
+            if word not in hash_of:   # not Python's hash(), which differs from run to run
                 digest = blake2b(word.encode(), digest_size=8).digest()
-                number[word] = int.from_bytes(digest, "little")
-            hashes.append(number[word])
+                hash_of[word] = int.from_bytes(digest, "little")
+            hashes.append(hash_of[word])
     return np.frombuffer(hashes, np.uint64), np.array(lengths, int)
 
 
@@ -396,13 +389,13 @@ def minhash(texts, n_hashes=120, seed=0, n=3):
     factors = rng.integers(2**63, size=n, dtype=np.uint64) * 2 + 1
     a, b = rng.integers(2**63, size=(2, n_hashes), dtype=np.uint64) * 2 + 1
     signatures = np.empty((len(texts), n_hashes), np.uint32)
-    for start in range(0, len(texts), 2000):   # in blocks, to bound the memory
-        size = lengths[start:start + 2000]
-        block = words[ends[start] - size[0]:ends[start + len(size) - 1]]
+    for offset in range(0, len(texts), 2000):   # in blocks, to bound the memory
+        size = lengths[offset:offset + 2000]
+        block = words[ends[offset] - size[0]:ends[offset + len(size) - 1]]
         h = np.zeros(len(block) - n + 1, np.uint64)                    # one number per n-gram
         for j in range(n):
             h += factors[j] * block[j:len(block) - n + 1 + j]
-        # Mix the bits: multiply-shift alone keeps neighbours neighbours.
+        # Mix the bits: with multiply-shift alone, close numbers keep close hashes.
         h = (h ^ h >> np.uint64(31)) * np.uint64(0x9E3779B97F4A7C15)
         h ^= h >> np.uint64(29)
         inside = np.ones(len(block), bool)                             # not across two documents
@@ -411,7 +404,7 @@ def minhash(texts, n_hashes=120, seed=0, n=3):
         first = np.cumsum(size - n + 1) - (size - n + 1)               # of each document
         for k in range(n_hashes):
             hashes = (a[k] * h + b[k]) >> np.uint64(32)
-            signatures[start:start + len(size), k] = np.minimum.reduceat(hashes, first)
+            signatures[offset:offset + len(size), k] = np.minimum.reduceat(hashes, first)
     return signatures
 
 
@@ -472,33 +465,21 @@ def clean(texts, min_words=4, threshold=0.8, seed=0):
 
 
 def read_documents(path):
-    """Read a file, or every *.txt of a folder, and cut at <|end|> lines as gpt.py does.
-
-    Returns {file: documents}. Raises UserError.
-    """
+    """Read a file, or every *.txt of a folder -> {file: documents}. Raises UserError."""
     path = Path(path)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no *.txt file in this folder")
     documents = {}
     for file in files:
-        parts = re.split(r"^<\|end\|>\r?(?:\n|\Z)", gpt.read_text(file), flags=re.M)
-        documents[file] = [part.strip("\r\n") for part in parts if part.strip()]
+        documents[file] = [text.strip("\r\n") for text in split_documents(read_text(file))]
     return documents
-
-
-def write_text(path, text):
-    """Write a file atomically: an old file stays whole until the new one is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
 
 
 def check(cfg):
     """Raise UserError for settings that cannot work."""
-    gpt.require(cfg, 1, "min_words")
-    gpt.require(cfg, 0.1, "threshold", most=1)
+    require(cfg, 1, "min_words")
+    require(cfg, 0.1, "threshold", most=1)
     if not cfg.data:
         raise UserError("nothing to clean: type --data FILE_OR_FOLDER")
     if not cfg.out:
@@ -510,15 +491,15 @@ def summary(counts):
     return ", ".join(f"{n:,} {name}" for name, n in counts.most_common()) or "none"
 
 
-def write_cleaned(path, name, cleaned):
-    """Write the documents of one file that are kept, and print a line of counts about them all."""
+def write_cleaned(root, out, name, cleaned):
+    """Write the kept documents of the file root/name to out/name, and print one line of counts."""
     kept = [document.text for document in cleaned if document.text is not None]
     reasons = Counter(document.reason for document in cleaned)
     masked = sum((document.masked for document in cleaned), Counter())
     if not kept:
-        raise UserError(f"{name}: nothing would be left of {len(cleaned)} documents "
+        raise UserError(f"{root / name}: nothing would be left of {len(cleaned)} documents "
                         f"({summary(reasons)}); remove the file, or lower --min-words")
-    write_text(path, "\n<|end|>\n".join(kept) + "\n")
+    write_text(out / name, "\n<|end|>\n".join(kept) + "\n")
     del reasons["kept"]
     print(f"{name}: {len(cleaned):,} documents in, {len(kept):,} kept; "
           f"dropped: {summary(reasons)}; masked: {summary(masked)}")
@@ -528,22 +509,22 @@ def main(cfg):
     check(cfg)
     data = Path(cfg.data)
     root = data if data.is_dir() else data.parent
-    out = gpt.run_folder(cfg.out)
+    out = run_folder(cfg.out)
     if out.resolve() == root.resolve():
         raise UserError(f"--out {out} is the folder of the data itself: name another folder")
     documents = read_documents(data)
-    texts = [text for file in documents for text in documents[file]]
+    texts = [text for of_file in documents.values() for text in of_file]
     print(f"clean.py: {len(texts):,} documents in {len(documents)} files")
 
     # One list for all files: copies are found across files.
     cleaned = clean(texts, cfg.min_words, cfg.threshold, cfg.seed)
-    start = 0
+    offset = 0
     for file, before in documents.items():
         name = file.relative_to(root)
-        write_cleaned(out / name, name, cleaned[start:start + len(before)])
-        start += len(before)
+        write_cleaned(root, out, name, cleaned[offset:offset + len(before)])
+        offset += len(before)
     if (data / "mixture.json").exists():
-        write_text(out / "mixture.json", gpt.read_text(data / "mixture.json"))
+        write_text(out / "mixture.json", read_text(data / "mixture.json"))
 
     for reason in sorted({document.reason for document in cleaned} - {"kept"}):
         dropped = [text for text, document in zip(texts, cleaned) if document.reason == reason]
@@ -553,4 +534,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)

@@ -186,7 +186,8 @@ def pitch(rng):
 
 
 def chinese_pitch(rng):
-    return "，".join(rng.sample(CHINESE_PITCH, 5)).format(s=rng.choice(["手表", "皮包", "香水"])) + "！"
+    phrases = "，".join(rng.sample(CHINESE_PITCH, 5))
+    return phrases.format(s=rng.choice(["手表", "皮包", "香水"])) + "！"
 
 
 def shuffled(rng):

@@ -33,16 +33,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 from data import clean, corpus, junk
+from data.text import Source, draw_documents, pack, pad
+from data.tokenizer import end_of, get_tokenizer
+from scaffold.cli import require, run_folder, start
+from scaffold.optim import adamw, lr_at
+from scaffold.run import log_metrics, set_seed, take_step
 
 
 @dataclass
 class Config:
-    out: str = "out"
-    "folder for clean.jsonl"
-    threshold: float = 0.8
-    "estimated Jaccard similarity from which two documents are copies"
-    seed: int = 0
-    "seed of the planted junk, of the hashes and of the models"
+    out: str = "out"         # the folder for clean.jsonl
+    threshold: float = 0.8   # two documents are copies from this estimated similarity on
+    seed: int = 0            # seed of the planted junk and of the models
 
 
 class QualityRow(NamedTuple):
@@ -163,17 +165,18 @@ def measure_personal(rng, n=100):
 
 def train(texts, enc, seed, steps, T=64):
     """Train a GPT of 0.17M parameters on these documents: `steps` steps of 512 tokens."""
-    gpt.set_seed(seed)
+    set_seed(seed)
     model = gpt.GPT(gpt.GPTConfig(enc.n_vocab, T, n_layer=2, n_head=4, n_embd=64))
     rng = random.Random(seed)
-    optimizer = gpt.adamw(model, 4e-3, 0.01)
-    end = gpt.end_of(enc)
+    optimizer = adamw(model, 4e-3, 0.01)
+    end = end_of(enc)
     documents = [torch.tensor(enc.encode_ordinary(text) + [end]) for text in texts]
-    sources = {"all": (documents, [], 1.0)}
+    sources = {"all": Source(documents, val=[], weight=1.0)}
     for step in range(steps):
-        drawn, _ = gpt.draw_documents(sources, [1], 512, T, rng)
-        loss = gpt.lm_loss(model, *gpt.pack(drawn, T))
-        gpt.take_step(loss, optimizer, model, gpt.lr_at(step, steps, 4e-3))
+        drawn, _ = draw_documents(sources, [1], 512, T, rng)
+        ids, segments = pack(drawn, T)                                        # (B, T) each
+        loss = gpt.lm_loss(model, ids, segments)
+        take_step(loss, optimizer, model, lr_at(step, steps, 4e-3))
     return model.eval()
 
 
@@ -190,8 +193,8 @@ def known_secrets(model, enc, secrets):
         rows = []
         for number in (secret.number, *secret.others):
             rows.append(torch.tensor(enc.encode_ordinary(f"The number of {person} is {number}.")))
-        ids = gpt.pad(rows)                                                   # (50, T)
-        mask = gpt.pad([torch.ones(len(row)) for row in rows])                # (50, T)
+        ids = pad(rows)                                                       # (50, T)
+        mask = pad([torch.ones(len(row)) for row in rows])                    # (50, T)
         logprobs = (gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1)      # (50,)
         known[secret.n_documents] += int(logprobs.argmax() == 0)
     groups = Counter(secret.n_documents for secret in secrets.values())
@@ -206,8 +209,8 @@ class LossRow(NamedTuple):
 
 def measure_loss(seed, threshold, steps=400, runs=3):
     """Train on polluted, cleaned and good documents. Returns {text: [LossRow of each run]}."""
-    enc = gpt.get_tokenizer()
-    end = gpt.end_of(enc)
+    enc = get_tokenizer()
+    end = end_of(enc)
     table = {"dirty": [], "cleaned": [], "never dirty": []}
     for run_seed in range(seed, seed + runs):
         rng = random.Random(run_seed)
@@ -221,7 +224,7 @@ def measure_loss(seed, threshold, steps=400, runs=3):
             new = {make(rng) for _ in range(round(600 * share))}
             held_out += [text for text in new if text not in seen]
         held_out = [torch.tensor(enc.encode_ordinary(text)[:63] + [end]) for text in held_out]
-        ids, segments = gpt.pack(held_out, 64)
+        ids, segments = pack(held_out, 64)                                    # (B, T) each
 
         for name, texts in (("dirty", dirty), ("cleaned", cleaned), ("never dirty", good)):
             model = train(texts, enc, run_seed, steps)
@@ -282,8 +285,8 @@ def print_loss(table):
 
 
 def main(cfg):
-    gpt.require(cfg, 0.1, "threshold", most=1)
-    out = gpt.run_folder(cfg.out)
+    require(cfg, 0.1, "threshold", most=1)
+    out = run_folder(cfg.out)
     rng = random.Random(cfg.seed)
     rows, good = measure_quality(rng)
     print_quality(rows, good)
@@ -293,7 +296,7 @@ def main(cfg):
     print_personal(personal)
     table = measure_loss(cfg.seed, cfg.threshold)
     print_loss(table)
-    gpt.log_metrics(
+    log_metrics(
         Path(out) / "clean.jsonl", seed=cfg.seed, quality=rows, good=good, copies=copies,
         pages_taken=pages_taken, personal=personal.recall, forms=personal.forms,
         precision=personal.precision, harmless=personal.harmless, lm=table,
@@ -301,4 +304,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    gpt.run(main, Config, __doc__)
+    start(main, Config, __doc__)
