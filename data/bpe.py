@@ -51,12 +51,12 @@ BYTES = [bytes([b]) for b in range(256)]
 
 @dataclass
 class Config:
-    data: str = ""          # a UTF-8 text file, or a folder: every *.txt below it is read;
-                            # use the text that the model will train on
-    out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use,
-                                      # its checkpoints need it
-    vocab_size: int = 1024  # tokens in all, the 256 bytes and 5 specials included; 1024 suits the
-                            # village, 4096 to 8192 suit some MB of real English
+    data: str = ""                    # a UTF-8 file, or a folder: every *.txt below it is read;
+                                      # take the text that the model will train on
+    out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use:
+                                      # checkpoints need the one that they were trained with
+    vocab_size: int = 1024            # all tokens, the 256 bytes and 5 specials included;
+                                      # 1024 suits the village, 4096 to 8192 some MB of English
 
 
 def kind_of(char):
@@ -234,9 +234,13 @@ def save(path, merges):
 
 
 def bytes_per_token(counts, merges):
-    """Compute the mean length of a token on the counted words. tiktoken encodes the words."""
+    """Compute the mean length of a token on the counted words.
+
+    tiktoken encodes them, which also checks that it accepts the ranks.
+    """
     ranks = {token: rank for rank, token in enumerate(vocabulary(merges))}
-    # The words are cut already, so the pattern takes a whole word.
+    # The words are cut already, so this pattern takes a whole word. PATTERN would panic on a word
+    # of a million spaces.
     enc = tiktoken.Encoding("words", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
     n_tokens = sum(len(enc.encode_ordinary(word.decode())) * n for word, n in counts.items())
     n_bytes = sum(len(word) * n for word, n in counts.items())
