@@ -1,99 +1,169 @@
-"""Byte-level BPE: learn a tokenizer from any text, and write it as a small JSON file that tiktoken loads.
+"""Byte-level BPE: learn a tokenizer from any text, and write it as a small JSON file for tiktoken.
 
-The idea. A token is a string of bytes. Start with the 256 single bytes, so that every text can be encoded. Cut the text
-into words with a regex, and count them. Then repeat: find the adjacent pair of tokens that occurs most often inside words,
-make the two one new token everywhere, append it to the vocabulary. Frequent words end as one token, rare ones as pieces.
+The idea. A token is a string of bytes. Start with the 256 single bytes, so that every text can be
+encoded. Cut the text into words with a regex, and count them. Then repeat: find the adjacent pair
+of tokens that occurs most often inside words, make it one new token everywhere, and append it to
+the vocabulary. Frequent words end as one token, rare words as pieces.
 
-A tiny example: the words "under" (4 times), "mis" (3) and "stood" (2). Of all pairs d-e, e-r, n-d and u-n are the most
-frequent (4 each); on a tie the smallest wins, so d-e is first. Ten merges, in this order:
+A tiny example: the words "under" (4 times), "mis" (3) and "stood" (2). The pairs d-e, e-r, n-d and
+u-n are the most frequent (4 each). A tie goes to the smallest pair, so d-e is first. There are ten
+merges, in this order:
     d+e  de+r  n+der  u+nder      i+s  m+is      o+d  o+od  s+t  st+ood
-"misunderstood" was never seen. Encoding it is replaying the merges in order, and gives three tokens: mis+under+stood.
+"misunderstood" does not occur in the text. To encode it, replay the merges in order. The result is
+three tokens: mis+under+stood.
 
-    python data/bpe.py --data book.txt                                       # -> out/tokenizer.json, 1024 tokens
-    python data/bpe.py --data folder_of_txt --vocab-size 4096                # every *.txt below the folder
+    python data/bpe.py --data book.txt                             # out/tokenizer.json, 1024 tokens
+    python data/bpe.py --data folder_of_txt --vocab-size 4096      # every *.txt below the folder
     python data/bpe.py --data book.txt --out out/small.json --vocab-size 300
 
-Time on one core, 4096 merges: 10 MB of English or code, 5 seconds; 10 MB of Chinese, about a minute, because almost every
-clause is a different word. The slowest is a text without spaces or punctuation (one word): a minute a megabyte.
+Time on one core, 4096 merges: 10 MB of English or code take a few seconds. 10 MB of Chinese take
+about a minute, because almost every clause is a different word. The worst case is a text without
+spaces or punctuation, which is one word: a minute per megabyte.
 """
-import argparse
-import ast
 import base64
 import heapq
-import inspect
 import json
-import os
+import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 
-import regex  # not in requirements.txt by name: tiktoken depends on it. The standard `re` does not know \p{L}
 import tiktoken
 from tqdm import tqdm
 
-# GPT-4's pattern, but each digit is its own token: 17 and 71 then share their parts, and sums can be learned digit by digit.
-# If you change it, let every character match some alternative: tiktoken silently drops what does not match.
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s{0,63}[\r\n]|\s{1,64}(?!\S)|\s+"
-SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.text import write_text
+from data.tokenizer import SPECIAL
+from scaffold.cli import UserError, start
+
+# GPT-4's pattern, but each digit is a token: 17 and 71 share their parts, so a model can learn sums
+# digit by digit. If you change it, let every character match: tiktoken silently drops the rest.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s{0,63}[\r\n]|\s{1,64}(?!\S)|\s+"
+)
 BYTES = [bytes([b]) for b in range(256)]
 
 
 @dataclass
 class Config:
-    data: str = ""
-    "a UTF-8 text file, or a folder: every *.txt below it is read; take the text that the model will train on"
-    out: str = "out/tokenizer.json"
-    "where the tokenizer goes; a checkpoint trained with another tokenizer is useless, so do not overwrite one in use"
-    vocab_size: int = 1024
-    "tokens in all, the 256 bytes and 5 specials included; 1024 suits the tiny world, 4096 to 8192 some MB of real English"
+    data: str = ""                    # a UTF-8 file, or a folder: every *.txt below it is read;
+                                      # take the text that the model will train on
+    out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use:
+                                      # checkpoints need the one that they were trained with
+    vocab_size: int = 1024            # all tokens, the 256 bytes and 5 specials included;
+                                      # 1024 suits the village, 4096 to 8192 some MB of English
 
 
-def fail(message):
-    print(f"bpe.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def kind_of(char):
+    """Return "space", or the major Unicode category of a character, such as "L" for letters."""
+    # Python counts \x1c to \x1f, four control characters, as spaces. Unicode and tiktoken do not.
+    if char.isspace() and not "\x1c" <= char <= "\x1f":
+        return "space"
+    return unicodedata.category(char)[0]
+
+
+@cache
+def to_re(pattern, last=sys.maxunicode):
+    r"""Compile a pattern of tiktoken with the standard `re`, which does not know \p{L} and \p{N}.
+
+    \p{L}, \p{N}, \s and \S become ranges of characters up to the code point `last`; \S must stand
+    outside of brackets.
+
+    Python and tiktoken have tables of different Unicode versions. A character that is new in the
+    later version may be a letter for one and not for the other. Words with it are then cut in
+    different ways here and in tiktoken: fewer merges apply to them, but every text round-trips.
+    """
+    ranges = defaultdict(str)
+    for kind, run in groupby(range(last + 1), key=lambda code: kind_of(chr(code))):
+        codes = list(run)
+        ranges[kind] += f"\\U{codes[0]:08x}-\\U{codes[-1]:08x}"
+    classes = {
+        r"\p{L}": ranges["L"],
+        r"\p{N}": ranges["N"],
+        r"\s": ranges["space"],
+        r"\S": "^" + ranges["space"],
+    }
+    parts = []
+    in_brackets = False
+    for part in re.findall(r"\\p\{[LN]\}|\\.|.", pattern):
+        if part in classes:
+            parts.append(classes[part] if in_brackets else f"[{classes[part]}]")
+            continue
+        parts.append(part)
+        if part in "[]":
+            in_brackets = part == "["
+    return re.compile("".join(parts))
 
 
 def find_files(data):
-    if not os.path.exists(data):  # also the empty default
-        fail(f"no file or folder '{data}': type python data/bpe.py --data FILE_OR_FOLDER")
-    files = sorted(p for p in Path(data).rglob("*.txt") if p.is_file()) if os.path.isdir(data) else [Path(data)]
-    return files or fail(f"no *.txt file below {data}: rename your files to *.txt, or type --data FILE")
+    """Return the file, or all *.txt below the folder. Raises UserError if there are none."""
+    path = Path(data)
+    if not data or not path.exists():
+        raise UserError(f"no file or folder '{data}': type --data FILE_OR_FOLDER")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    if not files:
+        raise UserError(f"no *.txt file below {data}: rename your files, or type --data FILE")
+    return files
 
 
 def read_texts(files):
-    """Yield one text a file: only one is in memory at a time, and no word spans two files, so their order is irrelevant."""
+    """Yield the text of each file, one at a time. Raises UserError if a file is not UTF-8.
+
+    No word spans two files, so the order of the files does not matter.
+    """
     for path in files:
         try:
-            # Not read_text(): it would turn \r\n into \n, and the tokenizer would never learn the \r it meets later.
+            # Not Path.read_text(): it turns \r\n into \n, and no token would contain a \r.
             yield path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            fail(f"{path} is not UTF-8 at byte {error.start}: type iconv -f LATIN1 -t UTF-8 {path} > fixed.txt")
-        except OSError as error:
-            fail(f"cannot read {path} ({error.strerror}): give a readable file with --data")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}: byte {e.start} is not UTF-8; "
+                            f"convert it: iconv -f latin1 -t utf-8 {path} > fixed.txt") from None
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}; give a readable file with --data") from None
 
 
-def count_words(texts, pattern=PATTERN):
-    """Iterable of str -> Counter of words as bytes. A text of millions of words has few different ones: count each once."""
+def count_words(texts):
+    """Cut strings into words with PATTERN. Returns a Counter of words as bytes.
+
+    Millions of words of a text are only some ten thousand different ones, and training needs each
+    of these only once.
+    """
     counts = Counter()
     for text in texts:
-        counts.update(match.group() for match in regex.finditer(pattern, text))
+        # `re` is slow with many ranges above U+FFFF, and few texts have letters or numbers there.
+        has_rare = any(char > "\uffff" and char.isalnum() for char in set(text))
+        words = to_re(PATTERN, sys.maxunicode if has_rare else 0xFFFF)
+        counts.update(words.findall(text))
     return Counter({word.encode("utf-8"): n for word, n in counts.items()})
 
 
 def merge_pair(word, pair):
-    """List of tokens -> (the list with each occurrence of the pair made one token, which pairs came (+1) and went (-1)).
+    """Make each occurrence of a pair in a word one token.
 
-    Left to right, one merge at a time: each is seen in the word as the merges before it left it, so "aaaa" needs no care.
+    Returns (tokens, changes): the new list of tokens, and (pair, +1 or -1) for each pair that
+    appears or disappears. Merges go from left to right, one at a time, and each sees the word as
+    the merges before it left it. So overlaps such as "aaaa" need no special case.
     """
-    (a, b), ab = pair, pair[0] + pair[1]
-    merged, changes, i = [], [], 0
+    a, b = pair
+    ab = a + b
+    merged = []
+    changes = []
+    i = 0
     while i < len(word):
         if word[i] == a and i + 1 < len(word) and word[i + 1] == b:
             if merged:
-                changes += ((merged[-1], a), -1), ((merged[-1], ab), 1)
+                changes.append(((merged[-1], a), -1))
+                changes.append(((merged[-1], ab), 1))
             if i + 2 < len(word):
-                changes += ((b, word[i + 2]), -1), ((ab, word[i + 2]), 1)
+                changes.append(((b, word[i + 2]), -1))
+                changes.append(((ab, word[i + 2]), 1))
             changes.append((pair, -1))
             merged.append(ab)
             i += 2
@@ -104,21 +174,27 @@ def merge_pair(word, pair):
 
 
 def train_bpe(counts, n_merges):
-    """Counter of words -> the merges in order: each the most frequent adjacent pair, on a tie the smallest tuple.
+    """Learn the merges from a Counter of words. Returns a list of pairs, in order.
 
-    Fewer than n_merges come back if no pair is left that occurs twice: such a token would memorise one place of the text.
-    No two merges make the same bytes (a piece of text that no merge crosses is always cut the same way), so the bytes
-    alone identify a merge. tiktoken relies on that: it ranks a pair by its concatenation and never sees the merges.
+    Each pair is the most frequent one after the merges before it; of equally frequent pairs it is
+    the smallest tuple. The list is shorter than n_merges if no pair is left that occurs twice: its
+    token would memorise one place of the text.
+
+    No two merges make the same bytes, because a string that no merge crosses is always cut in the
+    same way. So the bytes alone identify a merge. tiktoken relies on that: it ranks a pair by its
+    concatenation and never sees the merges.
     """
     words = [[BYTES[b] for b in word] for word in counts]
     freqs = list(counts.values())
-    pair_counts, where = Counter(), defaultdict(set)  # where: pair -> words that have it now or had it once
+    pair_counts = Counter()
+    where = defaultdict(set)   # pair -> indices of the words that contain it or once did
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += freqs[i]
             where[pair].add(i)
-    # Each count that changes is pushed again and the old entry stays: an entry is true only if it equals pair_counts.
-    # Python's heap gives the smallest, so counts are negative, and the pair itself is the tie-break.
+    # A heap cannot change an entry. Push each changed count again and leave the old entry there; an
+    # entry is valid only if it equals pair_counts. The heap pops the smallest entry, so counts are
+    # negative. The pair itself breaks ties.
     heap = [(-n, pair) for pair, n in pair_counts.items()]
     heapq.heapify(heap)
 
@@ -128,9 +204,9 @@ def train_bpe(counts, n_merges):
             heapq.heappop(heap)
         if not heap or -heap[0][0] < 2:
             break
-        best = heapq.heappop(heap)[1]
+        _, best = heapq.heappop(heap)
         merges.append(best)
-        # The whole speed is here: only words that hold the pair are touched, and only counts beside a merge change.
+        # This makes it fast: only words with the pair, and only counts beside a merge, change.
         delta = Counter()
         for i in where.pop(best):
             words[i], changes = merge_pair(words[i], best)
@@ -145,54 +221,63 @@ def train_bpe(counts, n_merges):
     return merges
 
 
-def save(path, merges, pattern=PATTERN):
-    """Write the JSON whole or not at all: a run killed half-way must not leave half a tokenizer beside good checkpoints."""
-    ranks = [base64.b64encode(token).decode() for token in BYTES + [a + b for a, b in merges]]
-    content = {"name": "village", "pattern": pattern, "ranks": ranks, "special": SPECIAL}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # the same folder: os.replace is atomic within one disk only
-    try:
-        part.write_bytes((json.dumps(content, indent=0) + "\n").encode())  # bytes: the same file on Windows too
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def vocabulary(merges):
+    """Return the bytes of every ordinary token; the position is its id."""
+    return BYTES + [a + b for a, b in merges]
 
 
-def main(config):
-    # All that can be wrong is checked before the slow part, but for the disk.
-    if config.vocab_size < 256 + len(SPECIAL) + 1:
-        fail(f"vocab_size {config.vocab_size} has no room for 256 bytes, 5 specials and a merge: type --vocab-size 262")
-    files = find_files(config.data)
-    if os.path.isdir(config.out) or Path(config.out).resolve() in [path.resolve() for path in files]:
-        fail(f"--out {config.out} is a folder or the text itself: type --out SOMETHING.json")
-    counts = count_words(read_texts(files))
-    if not counts:
-        fail(f"no text in {config.data}: give a file that is not empty with --data")
-    print(f"{len(files)} file(s), {counts.total():,} words, {len(counts):,} different")
-    merges = train_bpe(counts, config.vocab_size - 256 - len(SPECIAL))
-    try:
-        save(config.out, merges)
-    except OSError as error:
-        fail(f"cannot write {config.out} ({error.strerror}): give a writable place with --out")
+def save(path, merges):
+    """Write the tokenizer file: the pattern, the tokens in the order of their ids, the specials."""
+    ranks = [base64.b64encode(token).decode() for token in vocabulary(merges)]
+    content = {"name": "village", "pattern": PATTERN, "ranks": ranks, "special": SPECIAL}
+    write_text(path, json.dumps(content, indent=0) + "\n")
 
-    # tiktoken counts the tokens: a check that it takes the ranks. The words are cut already, so the pattern takes all
-    # (and unlike PATTERN it does not panic on a million spaces in a row).
-    ranks = {token: rank for rank, token in enumerate(BYTES + [a + b for a, b in merges])}
+
+def bytes_per_token(counts, merges):
+    """Compute the mean length of a token on the counted words.
+
+    tiktoken encodes them, which also checks that it accepts the ranks.
+    """
+    ranks = {token: rank for rank, token in enumerate(vocabulary(merges))}
+    # The words are cut already, so this pattern takes a whole word. PATTERN would panic on a word
+    # of a million spaces.
     enc = tiktoken.Encoding("words", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
     n_tokens = sum(len(enc.encode_ordinary(word.decode())) * n for word, n in counts.items())
-    ratio = sum(len(word) * n for word, n in counts.items()) / n_tokens
-    size = len(ranks) + len(SPECIAL)
-    early = f" (not {config.vocab_size}: no pair occurs twice any more)" if size < config.vocab_size else ""
-    print(f"{config.out}: {size} tokens{early}, {ratio:.2f} bytes per token on this text")
+    n_bytes = sum(len(word) * n for word, n in counts.items())
+    return n_bytes / n_tokens
+
+
+def check(cfg, files):
+    """Raise UserError for settings that cannot work."""
+    least = len(BYTES) + len(SPECIAL) + 1
+    if cfg.vocab_size < least:
+        raise UserError(f"--vocab-size {cfg.vocab_size} has no room for 256 bytes, {len(SPECIAL)} "
+                        f"specials and a merge: type --vocab-size {least}")
+    out = Path(cfg.out)
+    if out.is_dir() or out.resolve() in [file.resolve() for file in files]:
+        raise UserError(f"--out {out} is a folder or the text itself: type --out SOMETHING.json")
+
+
+def main(cfg):
+    files = find_files(cfg.data)
+    check(cfg, files)   # before the slow part
+    counts = count_words(read_texts(files))
+    if not counts:
+        raise UserError(f"no text in {cfg.data}: give a file that is not empty with --data")
+    print(f"{len(files)} file(s), {counts.total():,} words, {len(counts):,} different")
+    merges = train_bpe(counts, cfg.vocab_size - len(BYTES) - len(SPECIAL))
+    try:
+        save(cfg.out, merges)
+    except OSError as e:
+        raise UserError(f"cannot write {cfg.out} ({e.strerror}): change --out") from None
+
+    size = len(vocabulary(merges)) + len(SPECIAL)
+    early = ""
+    if size < cfg.vocab_size:
+        early = f" (not {cfg.vocab_size}: no pair occurs twice any more)"
+    ratio = bytes_per_token(counts, merges)
+    print(f"{cfg.out}: {size} tokens{early}, {ratio:.2f} bytes per token on this text")
 
 
 if __name__ == "__main__":
-    # The line under each field of Config is its help. Python throws such strings away, so they are read from the source.
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=style)
-    parser.error = lambda message: fail(f"{message}: type python data/bpe.py --help")
-    for field, advice in zip(fields(Config), body[1::2]):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", f"--{field.name}", type=field.type, default=field.default, help=advice.value.value)
-    main(Config(**vars(parser.parse_args())))
+    start(main, Config, __doc__)
