@@ -1,9 +1,14 @@
-"""Being here, this file puts the root on the path, so that plain `pytest` finds the modules, too. Long proofs run with --slow."""
+"""Options and fixtures for all tests.
+
+pytest puts the folder of this file on sys.path, so that plain `pytest` finds the modules.
+"""
+
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also the proofs that take minutes")
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
 def pytest_configure(config):
@@ -11,7 +16,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="long proof: python -m pytest --slow"))
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest --slow"))
+
+
+@pytest.fixture
+def seeded():
+    """Seed torch before the test."""
+    torch.manual_seed(0)
