@@ -4,6 +4,7 @@ pytest puts the folder of this file on sys.path, so that plain `pytest` finds th
 """
 
 import pytest
+import tiktoken
 import torch
 
 
@@ -27,3 +28,21 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     """Seed torch before the test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """Make "theirs" the name of a tiktoken encoding of 256 bytes and <|endoftext|>.
+
+    It stands in for gpt2, which tiktoken would download. The current folder has a folder of that
+    name, as it does when GPT-2's weights lie beside.
+    """
+    enc = tiktoken.Encoding(
+        "theirs",
+        pat_str=r"\w+|\W",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"theirs": enc}[name])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
