@@ -26,7 +26,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads may hang
 import torch  # noqa: E402
-from tiny import ENC, chat, save_reward, write_jsonl  # noqa: E402
 
 import dpo  # noqa: E402
 import gpt  # noqa: E402
@@ -34,7 +33,10 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import self_reward  # noqa: E402
 import sft  # noqa: E402
-from gpt import UserError, join, load_checkpoint  # noqa: E402
+from scaffold.cli import UserError  # noqa: E402
+from scaffold.distributed import init_distributed  # noqa: E402
+from scaffold.run import load_checkpoint  # noqa: E402
+from tiny import ENC, chat, save_reward, write_jsonl  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = ("gpt", "sft", "reward", "dpo", "ppo")  # the scripts that several processes can share
@@ -107,7 +109,7 @@ def scripts(files):
     chatting |= dict(max_new_tokens=4, gold="")
     ranking = dict(data=ranked, val=ranked, epochs=2, batch_prompts=3, save_every=3)
     ranking |= dict(max_new_tokens=4, gold="")
-    playing = dict(prompts=prompts, text=text, updates=8, rollout=8, epochs=2, warmup=1, lr=1e-2)
+    playing = dict(prompts=prompts, text=text, updates=8, rollout_size=8, epochs=2, value_warmup=1, lr=1e-2)
     playing |= dict(max_new_tokens=6, ptx=0.5, ptx_tokens=64, target_kl=0.1, save_every=2)
     playing |= dict(table=False, gold="")
     judging = dict(data=chats, eft=f"{files}/judged.jsonl", prompts=prompts, pairs="random")
@@ -300,7 +302,7 @@ def share_script(name, script, files, folder, n):
     log = folder / "log.txt"
 
     def train(out):
-        join("cpu")
+        init_distributed("cpu")
         script.module.main(script.module.Config(**script.settings, out=str(out), device="cpu"))
 
     one = run_folder(files, folder / "one")
@@ -354,7 +356,7 @@ def kill_one_of_two(files, out):
     run_folder(files, out)
 
     def train():
-        join("cpu")
+        init_distributed("cpu")
         settings = script.settings | dict(epochs=1000)
         sft.main(sft.Config(**settings, out=str(out), device="cpu"))
 

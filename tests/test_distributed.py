@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-import run as distributed
+from scaffold import distributed
 
 
 def as_rank(monkeypatch, rank, world_size):
     """Make this process believe that it is one of several."""
     monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "world", lambda: world_size)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -20,7 +20,7 @@ def test_shards_make_the_batch_and_global_means_average_to_the_mean(monkeypatch,
     shards = []
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        shards.append(distributed.share(list(range(n))))
+        shards.append(distributed.shard(list(range(n))))
     if n >= world_size:
         assert sorted(i for shard in shards for i in shard) == list(range(n))
         assert all(shards)
@@ -30,7 +30,7 @@ def test_shards_make_the_batch_and_global_means_average_to_the_mean(monkeypatch,
     means = []
     for shard, count in zip(shards, counts):
         local = torch.cat([terms[i] for i in shard]).mean()
-        means.append(distributed.fair(local, count))
+        means.append(distributed.global_mean(local, count))
     torch.testing.assert_close(sum(means) / world_size, torch.cat(terms).mean())
 
 
@@ -39,7 +39,7 @@ def test_gathered_ids_are_in_the_order_of_the_batch(monkeypatch):
     shards = []
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
-        shards.append(distributed.share(responses))
+        shards.append(distributed.shard(responses))
 
     def all_gather(parts, mine):
         for part, shard in zip(parts, shards):
@@ -48,4 +48,4 @@ def test_gathered_ids_are_in_the_order_of_the_batch(monkeypatch):
                 part[i, : len(row)] = torch.tensor(row)
 
     monkeypatch.setattr(distributed.dist, "all_gather", all_gather)
-    assert distributed.gathered(shards[0], 3) == responses
+    assert distributed.all_gather_ids(shards[0], 3) == responses

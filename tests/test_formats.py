@@ -6,12 +6,23 @@ import math
 import random
 
 import pytest
-from tiny import assistant, chat, user, write_jsonl
 
-from gpt import UserError
-from reward import load_comparisons, read_comparison
-from sft import WITH_INPUT, load_chats, prompt_of, read_records, split_by_user
-from sft import gold_hook as load_grader
+from data.formats import (
+    WITH_INPUT,
+    load_chats,
+    load_comparisons,
+    load_grader,
+    load_prompts,
+    load_seed_tasks,
+    load_val,
+    prompt_of,
+    read_comparison,
+    read_records,
+    split_by_user,
+    write_records,
+)
+from scaffold.cli import UserError
+from tiny import assistant, chat, user, write_jsonl
 
 # Files
 
@@ -81,20 +92,20 @@ BAD_FILES = {  # name, content -> what the error must contain; {} stands for the
     "a number as input": (
         "f.jsonl",
         second_line({"instruction": "a", "input": 3, "output": "b"}),
-        ["{}:2:", "texts"],
+        ["{}:2:", "strings"],
     ),
     "a zero as input": (
         "f.jsonl",
         second_line({"instruction": "a", "input": 0, "output": "b"}),
-        ["{}:2:", "texts"],
+        ["{}:2:", "strings"],
     ),
     "a zero as output": (
         "f.jsonl",
         second_line({"instruction": "a", "output": 0}),
-        ["{}:2:", "texts"],
+        ["{}:2:", "strings"],
     ),
-    "no response": ("f.jsonl", json.dumps({"messages": chat("a")}).encode(), ["{}", "answer"]),
-    "a blank response": ("f.jsonl", b'{"instruction": "a", "output": " "}', ["{}", "answer"]),
+    "no response": ("f.jsonl", json.dumps({"messages": chat("a")}).encode(), ["{}", "response"]),
+    "a blank response": ("f.jsonl", b'{"instruction": "a", "output": " "}', ["{}", "response"]),
 }
 
 
@@ -113,6 +124,14 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl") as e:
         load_chats(tmp_path / "gone.jsonl")
     assert "\n" not in str(e.value)
+
+
+def test_written_records_come_back_and_are_readable(tmp_path):
+    path = tmp_path / "new" / "f.jsonl"
+    write_records(path, RECORDS)
+    assert [r for _, r in read_records(path)] == RECORDS
+    assert "牛" in path.read_text(encoding="utf-8")
+    assert [p.name for p in path.parent.iterdir()] == ["f.jsonl"]
 
 
 def test_a_folder_is_no_file(tmp_path):
@@ -179,7 +198,7 @@ def test_records_without_a_response_are_skipped_and_counted(tmp_path, capsys):
         {"messages": chat("a", " ")},
     )
     assert load_chats(path) == [{"messages": chat("a", "b"), "user": 7, "task": {"x": 1}}]
-    assert f"{path}: 4 of 5 records" in capsys.readouterr().out
+    assert f"{path}: 4 of 5 records skipped" in capsys.readouterr().out
     load_chats(write_jsonl(path, {"messages": chat("a", "b")}))
     assert capsys.readouterr().out == ""
 
@@ -246,6 +265,12 @@ def test_a_record_without_a_user_is_not_of_the_user_none():
 
 def test_a_single_record_is_both_train_and_validation():
     assert split_by_user([{"n": 1}]) == ([{"n": 1}], [{"n": 1}])
+
+
+def test_load_val_reads_the_file_or_splits_by_user():
+    records = [{"n": i, "user": f"u{i % 5}"} for i in range(50)]
+    assert load_val(records, "v.jsonl", lambda path: [path], 3) == (records, ["v.jsonl"])
+    assert load_val(records, "", None, 3) == split_by_user(records, seed=3)
 
 
 # Comparisons
@@ -412,9 +437,9 @@ def test_unusable_comparisons_are_skipped_and_counted(tmp_path, capsys):
     assert len(load_comparisons(path)) == 2
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert "r.jsonl: 3 of 7 records left out" in lines[0]
+    assert "r.jsonl: 3 of 7 records skipped" in lines[0]
     assert "prompt" in lines[0]
-    assert "r.jsonl: 2 of 7 records left out" in lines[1]
+    assert "r.jsonl: 2 of 7 records skipped" in lines[1]
     assert "tied" in lines[1]
     write_jsonl(path, *unusable, *tied)
     with pytest.raises(UserError, match="r.jsonl: no record"):
@@ -426,6 +451,109 @@ def test_ties_beside_other_ranks_are_kept(tmp_path, capsys):
     [found] = load_comparisons(write_jsonl(tmp_path / "r.jsonl", record))
     assert found["ranks"] == [1, 2, 2, 2]
     assert capsys.readouterr().out == ""
+
+
+# Prompts
+
+
+DIALOGUE = [*CHAT, assistant("A model.")]
+PROMPTS = {  # record -> prompt
+    "string": ({"prompt": "Hi"}, HI),
+    "messages": ({"prompt": CHAT}, CHAT),
+    "chat": ({"messages": DIALOGUE}, CHAT),
+    "chat that ends with the user": ({"messages": CHAT}, CHAT),
+    "ranked": ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}, HI),
+    "continuations of a prompt": (
+        {"prompt": CHAT, "chosen": DIALOGUE[4:], "rejected": [assistant("Go away.")]},
+        CHAT,
+    ),
+    "pair": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, HI),
+    "pair of chats": (
+        {"chosen": DIALOGUE, "rejected": [*CHAT, assistant("Go away.")]},
+        CHAT,
+    ),
+    "transcripts": (
+        {"chosen": transcript("Hi", "a"), "rejected": transcript("Hi", "b")},
+        HI,
+    ),
+}
+
+
+@pytest.mark.parametrize("record, prompt", PROMPTS.values(), ids=PROMPTS)
+def test_the_prompt_of_every_format_is_read(tmp_path, record, prompt):
+    path = write_jsonl(tmp_path / "p.jsonl", {**record, "user": "u1"})
+    [found] = load_prompts(path)
+    assert found["prompt"] == prompt
+    assert found["user"] == "u1"
+
+
+@pytest.mark.parametrize("output", ["Cow, cat.", "", " \n"], ids=["response", "empty", "blank"])
+def test_the_prompt_of_an_alpaca_record_is_read_whatever_its_output(tmp_path, output):
+    """Its wording is drawn from templates."""
+    record = {"instruction": "Name two animals.", "input": "", "output": output, "user": "u1"}
+    [found] = load_prompts(write_jsonl(tmp_path / "p.jsonl", record))
+    [message] = found["prompt"]
+    assert message["role"] == "user"
+    assert "Name two animals." in message["content"]
+    assert "Cow" not in message["content"]
+    assert found["user"] == "u1"
+    assert found["output"] == output
+
+
+def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
+    """Here two transcripts of different prompts, and a response to nothing."""
+    pair = {"chosen": transcript("Hi", "a"), "rejected": transcript("Ho", "b")}
+    opening = {"messages": [assistant("Hello.")]}
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, pair, opening)
+    assert len(load_prompts(path)) == 1
+    assert "p.jsonl: 2 of 3 records skipped" in capsys.readouterr().out
+    write_jsonl(path, pair, opening)
+    with pytest.raises(UserError, match="p.jsonl: no record has a prompt"):
+        load_prompts(path)
+
+
+BAD_PROMPTS = {
+    "a number": {"prompt": 3},
+    "no messages": {"prompt": []},
+    "a bad role": {"prompt": [{"role": "boss", "content": "x"}]},
+    "no prompt": {"text": "Hi"},
+    "a list": [1],
+    "half an object": "{",
+    "messages that are a string": {"messages": "Hi"},
+    "no rejected": {"chosen": "Hi"},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_a_bad_prompt_is_named_in_one_line(tmp_path, bad):
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, bad)
+    with pytest.raises(UserError, match=r"p\.jsonl:2: ") as e:
+        load_prompts(path)
+    assert "\n" not in str(e.value)
+
+
+# Seed tasks
+
+
+SEED_TASK = {
+    "instruction": "Name an animal.",
+    "is_classification": False,
+    "instances": [{"input": "", "output": "Cow."}],
+}
+
+
+def test_seed_tasks_keep_their_instances(tmp_path):
+    tasks = [{**SEED_TASK, "id": i, "is_classification": "True"} for i in range(8)]
+    tasks[0]["instances"] = [{"output": "Dog."}]  # the input may be absent
+    loaded = load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", *tasks))
+    assert loaded[0]["instances"] == [{"input": "", "output": "Dog."}]
+    assert loaded[1:] == [SEED_TASK | {"is_classification": True}] * 7
+
+
+def test_fewer_than_8_seed_tasks_are_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "s.jsonl", *[SEED_TASK] * 7)
+    with pytest.raises(UserError, match="7 seed tasks"):
+        load_seed_tasks(path)
 
 
 # The grader

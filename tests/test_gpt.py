@@ -13,6 +13,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
+import gpt
+from data.text import Source, checkpoint_text, pack, read_corpus
+from data.tokenizer import fingerprint
+from scaffold.cli import UserError, start
+from scaffold.run import load_checkpoint, save_checkpoint
 from tiny import (
     END,
     ENC,
@@ -25,18 +31,6 @@ from tiny import (
     write_documents,
     write_tokenizer,
 )
-
-import gpt
-from gpt import (
-    UserError,
-    corpus_of,
-    fingerprint,
-    load_checkpoint,
-    pack,
-    read_corpus,
-    save_checkpoint,
-)
-from gpt import run as start
 
 CPU = torch.device("cpu")
 
@@ -463,8 +457,8 @@ def test_val_loss_by_brute_force():
     assert 1 < min(map(len, documents[:2]))
     assert max(map(len, documents)) <= 32
     sources = {
-        "a": ([documents[0]], documents[:2], 3.0),
-        "b": ([documents[0]], documents[2:], 1.0),
+        "a": Source(train=[documents[0]], val=documents[:2], weight=3.0),
+        "b": Source(train=[documents[0]], val=documents[2:], weight=1.0),
     }
     loss, bits = gpt.val_loss(model, sources, ENC, CPU)
     nats_a, n_a = nats_by_hand(model, [d.long() for d in documents[:2]])
@@ -477,7 +471,7 @@ def test_val_loss_by_brute_force():
 def test_val_loss_is_without_dropout_and_restores_the_mode():
     model = random_gpt(vocab=ENC.n_vocab, block=32, dropout=0.5)
     documents = [torch.arange(20)]
-    sources = {"a": (documents, documents, 1.0)}
+    sources = {"a": Source(train=documents, val=documents, weight=1.0)}
     want = gpt.val_loss(model, sources, ENC, CPU)
     model.train()
     assert gpt.val_loss(model, sources, ENC, CPU) == want
@@ -488,66 +482,10 @@ def test_val_loss_stops_at_its_limit_inside_a_long_document():
     """A book is one document: without this, each validation would read a twentieth of the book."""
     model = random_gpt(vocab=ENC.n_vocab, block=32)
     book = torch.arange(500)
-    short = {"a": ([book[:64]], [book[:64]], 1.0)}
-    long = {"a": ([book], [book], 1.0)}
+    short = {"a": Source(train=[book[:64]], val=[book[:64]], weight=1.0)}
+    long = {"a": Source(train=[book], val=[book], weight=1.0)}
     want = gpt.val_loss(model, short, ENC, CPU, limit=64)
     assert gpt.val_loss(model, long, ENC, CPU, limit=64) == want
-
-
-# The optimizer
-
-
-def test_learning_rate():
-    rates = {
-        schedule: [gpt.lr_at(step, 200, 2.0, schedule) for step in range(200)]
-        for schedule in ("cosine", "constant", "linear")
-    }
-    for rate in rates.values():
-        # The warmup is a twentieth of the steps and does not start at 0.
-        assert rate[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-        assert max(rate) == rate[10]
-        assert rate[10] == pytest.approx(2.0)
-    assert set(rates["constant"][9:]) == {2.0}
-    for name in ("cosine", "linear"):
-        assert all(a > b for a, b in zip(rates[name][10:], rates[name][11:]))
-        assert rates[name][-1] == pytest.approx(0.2, abs=0.02)
-        assert gpt.lr_at(200, 200, 2.0, name) == pytest.approx(0.2)
-        assert rates[name][105] == pytest.approx(1.1)  # halfway between peak and floor
-    assert rates["cosine"][57] > rates["linear"][57]
-    assert gpt.lr_at(0, 1, 2.0) == 2.0
-    assert gpt.lr_at(200, 200, 2.0, floor=0.5) == pytest.approx(1.0)
-
-
-def test_weight_decay_is_for_matrices_only():
-    model = random_gpt()
-    groups = gpt.adamw(model, 1e-3, 0.1).param_groups
-    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    assert all(decay[id(p)] == (0.1 if p.dim() == 2 else 0) for p in model.parameters())
-    assert len(decay) == len(list(model.parameters()))
-
-
-def test_adamw_by_hand():
-    """Four steps of AdamW (1711.05101, algorithm 2) in plain Python, with betas .9 and .95.
-
-    Only the matrix decays.
-    """
-    layer = torch.nn.Linear(1, 1).double()
-    optimizer = gpt.adamw(layer, 0.1, 0.5)
-    want = [
-        dict(x=layer.weight.item(), m=0.0, v=0.0, decay=0.5),
-        dict(x=layer.bias.item(), m=0.0, v=0.0, decay=0.0),
-    ]
-    for step, gradient in enumerate((1.0, -0.3, 2.0, 0.1), 1):
-        for p, w in zip((layer.weight, layer.bias), want):
-            p.grad = torch.full_like(p, gradient)
-            w["m"] = 0.9 * w["m"] + 0.1 * gradient
-            w["v"] = 0.95 * w["v"] + 0.05 * gradient**2
-            m = w["m"] / (1 - 0.9**step)
-            v = w["v"] / (1 - 0.95**step)
-            w["x"] = w["x"] * (1 - 0.1 * w["decay"]) - 0.1 * m / (math.sqrt(v) + 1e-8)
-        optimizer.step()
-        got = [layer.weight.item(), layer.bias.item()]
-        assert got == pytest.approx([w["x"] for w in want], abs=1e-9)
 
 
 # Checkpoints of a model
@@ -616,7 +554,8 @@ def test_a_checkpoint_refuses_another_tokenizer(tmp_path, changes):
     saved(tmp_path / "m.pt", tokenizer=name)
     gpt.load_model(tmp_path / "m.pt")
     write_tokenizer(tmp_path / "t.json", **changes)
-    with pytest.raises(UserError, match="(m.pt|t.json).*tokenizer"):
+    changed = r"m\.pt: .*t\.json( has changed|: not a tokenizer file)"
+    with pytest.raises(UserError, match=changed):
         gpt.load_model(tmp_path / "m.pt")
 
 
@@ -687,13 +626,13 @@ def test_later_stages_find_the_text_of_pretraining(tmp_path, capsys):
 
     def plain(sources):
         return {
-            name: ([d.tolist() for d in train], [d.tolist() for d in val], weight)
-            for name, (train, val, weight) in sources.items()
+            name: ([d.tolist() for d in s.train], [d.tolist() for d in s.val], s.weight)
+            for name, s in sources.items()
         }
 
     want = read_corpus(folder, ENC, 32, 0.2, "b=3,a=1")
-    assert plain(corpus_of(checkpoint, ENC, 32)) == plain(want)
-    other = corpus_of(checkpoint, ENC, 32, str(folder / "a.txt"))
+    assert plain(checkpoint_text(checkpoint, ENC, 32)) == plain(want)
+    other = checkpoint_text(checkpoint, ENC, 32, str(folder / "a.txt"))
     assert plain(other) == plain(read_corpus(folder / "a.txt", ENC, 32, 0.05))
 
 
@@ -702,13 +641,10 @@ def test_pretraining_learns_and_saves_what_it_measured(tmp_path, capsys):
     assert rows[0]["loss"] == pytest.approx(math.log(ENC.n_vocab), abs=0.5)
     assert rows[-1]["val_loss"] < 4.5
     model, enc, _ = gpt.load_model(tmp_path / "a" / "gpt.pt")
-    train, val, _ = read_corpus(tmp_path / "text.txt", enc, 32, 0.05)["text"]
-    loss, bits = gpt.val_loss(model, {"text": (train, val, 1.0)}, enc, CPU)
+    sources = read_corpus(tmp_path / "text.txt", enc, 32, 0.05)
+    loss, bits = gpt.val_loss(model, sources, enc, CPU)
     assert loss == pytest.approx(rows[-1]["val_loss"])
     assert bits == pytest.approx(rows[-1]["bits_per_byte"])
-    capsys.readouterr()
-    gpt.main(gpt.Config(out=str(tmp_path / "a"), sample="Tom has", device="cpu"))
-    assert capsys.readouterr().out.startswith("Tom has")
 
 
 def test_pretraining_starts_from_pretrained_weights(tmp_path, capsys):
@@ -756,7 +692,7 @@ BAD_FLAGS = {  # arguments -> what the line must contain
     "--n-embd 30": ["--n-embd 30", "--n-head 4"],
     "--tokenizer gone.json": ["gone.json"],
     "--init-from gone": ["gone", "config.json"],
-    "--sample Hello": ["gpt.pt"],
+    "--sample Hello": ["unknown flag --sample"],
     "--schedule Cosine": ["--schedule Cosine", "cosine"],
     "--steps 0": ["--steps 0"],
     "--eval-every 0": ["--eval-every 0"],

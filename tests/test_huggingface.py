@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import assert_close, random_gpt, random_ids
 
 import gpt
-from gpt import UserError
+from scaffold.cli import UserError
+from tiny import assert_close, random_gpt, random_ids
 
 
 def hugging_face_gpt2(w, config, ids):

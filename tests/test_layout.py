@@ -5,6 +5,7 @@ import sys
 from typing import NamedTuple
 
 import pytest
+
 from tiny import ROOT
 
 FOLDERS = ["scaffold", "data", "lab", "course", "results", "tests"]
@@ -33,7 +34,6 @@ RANKS = {
 # Imports inside a function that go up, with their reasons.
 EXCEPTIONS = {
     ("data.labelers", "sft"): "simulated labelers rank samples of the SFT model",
-    ("data.huggingface", "gpt"): "it builds a GPT",
     ("sft", "reward"): "--select reward",
     ("ppo", "evaluate"): "the table at the end",
 }

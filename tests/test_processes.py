@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tiny import ROOT
 
 
@@ -69,7 +70,7 @@ def test_a_dead_process_ends_the_other_one_with_an_error(ranks):
 
 
 @pytest.mark.slow
-def test_torchrun_shares_gpt_and_is_refused_by_eval(tmp_path):
+def test_torchrun_shares_gpt_and_is_refused_by_evaluate(tmp_path):
     """The command of README, and a script that runs in one process."""
     text = tmp_path / "text.txt"
     out = tmp_path / "out"
@@ -86,6 +87,6 @@ def test_torchrun_shares_gpt_and_is_refused_by_eval(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved") == 1, done.stderr
     assert len((out / "gpt.jsonl").read_text().splitlines()) == 20
-    done = torchrun(ROOT / "eval.py", "--out", out)
+    done = torchrun(ROOT / "evaluate.py", "--out", out)
     assert done.returncode != 0
     assert "one process" in done.stderr

@@ -4,9 +4,11 @@ The training scripts themselves are killed in test_processes.py.
 """
 
 import importlib
+import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +19,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from tiny import ROOT
 
 import gpt
-import run as training
-from gpt import UserError
-from gpt import run as start
-from run import Diverged, Run, digest, load_checkpoint, save_checkpoint, take_step
+from lab import resume as demonstration
+from scaffold.cli import UserError, start
+from scaffold.run import (
+    Diverged,
+    Run,
+    digest,
+    ensure_stage,
+    load_checkpoint,
+    log_metrics,
+    save_checkpoint,
+    set_seed,
+    take_step,
+    unlock,
+)
+from tiny import ENC, ROOT, read_jsonl
 
 # Checkpoints
 
@@ -98,6 +110,25 @@ def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
+def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log_metrics(path, step=0)
+    log_metrics(path, step=1, loss=2.5)
+    assert read_jsonl(path) == [{"step": 0}, {"step": 1, "loss": 2.5}]
+    log_metrics(path, fresh=True, step=9)
+    assert read_jsonl(path) == [{"step": 9}]
+
+
+def test_the_seed_decides_the_numbers_of_all_generators():
+    def draw(seed):
+        set_seed(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    one, again, other = draw(1), draw(1), draw(2)
+    assert one == again
+    assert all(a != b for a, b in zip(one, other))
+
+
 # A small run in this process
 
 
@@ -123,7 +154,7 @@ def small(out, kill_at=None, n=20, lr=1e-2, resume=False, save_every=4, nan_at=N
         loss = model(torch.randn(8, 4) + noise).square().mean()
         if step == nan_at:
             loss = loss * math.nan
-        norm = run.take_step(loss, optimizer, model, lr, f"the batch of noise {noise:.3f}")
+        norm = run.take_step(loss, optimizer, model, lr, [step, step + 1])
         counts[f"{step % 3}"] = counts.get(f"{step % 3}", 0) + 1
         seen.append(noise)
         run.log(step=step, loss=loss.item(), grad_norm=norm, counts=dict(counts), seen=len(seen))
@@ -139,7 +170,7 @@ def killed(out, at, **settings):
     """Run `small` and kill it after a step."""
     with pytest.raises(Killed):
         small(out, kill_at=at, **settings)
-    training.unlock(Path(out))  # a dead process holds no lock
+    unlock(Path(out))  # a dead process holds no lock
 
 
 def same(a, b):
@@ -252,7 +283,7 @@ def test_a_finished_run_cannot_be_resumed(tmp_path):
 
 OTHER_RUNS = {  # settings -> what the error must contain
     "lr": (dict(lr=1e-3), "--lr 0.01, not 0.001"),
-    "steps": (dict(n=21), "21 steps now and made 20"),
+    "steps": (dict(n=21), "gives 21 steps, the saved run had 20"),
 }
 
 
@@ -266,7 +297,7 @@ def test_a_run_cannot_be_resumed_with_other_settings(tmp_path, settings, words):
 def test_a_new_run_reports_that_it_discards_an_unfinished_one(tmp_path, capsys):
     killed(tmp_path, 9)
     small(tmp_path)
-    assert "discarded now" in capsys.readouterr().out
+    assert "discarding" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -313,14 +344,14 @@ def test_a_run_cannot_be_resumed_with_other_files(tmp_path, edit):
         for step in run.steps(5):
             if step == 3 and not resume:
                 break
-        training.unlock(tmp_path / "out")
+        unlock(tmp_path / "out")
 
     write_data()
     train(resume=False)
     edit(data)
-    with pytest.raises(UserError, match="is not what it was"):
+    with pytest.raises(UserError, match="has changed since it started"):
         train(resume=True)
-    training.unlock(tmp_path / "out")
+    unlock(tmp_path / "out")
     write_data()
     train(resume=True)
 
@@ -344,7 +375,8 @@ def test_save_every_0_leaves_no_state(tmp_path):
 
 
 FULL_DISK = """
-import resource, run
+import resource
+from scaffold import run
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 run.save_checkpoint({path!r}, {older!r}, model=list(range(9999)))
 """
@@ -462,14 +494,14 @@ def test_a_step_with_nan_or_inf_changes_no_weight(bad, where):
 
 def test_a_nan_names_step_batch_and_checkpoint(whole, tmp_path):
     """The checkpoint it names is the last good state: resuming there gives the whole run."""
-    where = "small, step 10, batch: the batch of noise .*"
-    good = "last good checkpoint: .*small.state, of step 8: loss nan"
+    where = r"small, step 10: loss nan.*; batch \[10, 11\]"
+    good = r"last good checkpoint: .*small\.state, of step 8"
     with pytest.raises(Diverged, match=f"{where}; {good}") as e:
         small(tmp_path, nan_at=10)
     assert isinstance(e.value, UserError)
     assert "\n" not in str(e.value)
     assert "--lr" in str(e.value)
-    training.unlock(tmp_path)
+    unlock(tmp_path)
     assert same(small(tmp_path, resume=True), whole)
 
 
@@ -494,7 +526,8 @@ def test_a_script_stops_at_an_infinite_loss(tmp_path, monkeypatch, capsys):
     [line] = [x for x in capsys.readouterr().err.splitlines() if "last good" in x]
     assert e.value.code == 2
     assert "step 5" in line
-    assert "miller" in line
+    ids = json.loads(re.search(r"batch (\[.*?\])", line)[1])
+    assert "miller" in ENC.decode(ids)
     assert "gpt.state, of step 4" in line
     assert not (out / "gpt.pt").exists()
 
@@ -517,11 +550,44 @@ def test_a_stage_does_not_discard_an_unfinished_run_of_the_one_before(tmp_path, 
     state = tmp_path / f"{before}.state"
     state.write_bytes(b"hours of work")
     stage = importlib.import_module(stage)
-    words = f"{before}.state: a run was stopped there; go on with --resume"
+    words = f"{before}.state: a run stopped here; continue it with --resume"
     with pytest.raises(UserError, match=words):
         stage.main(stage.Config(out=str(tmp_path), device="cpu"))
     assert state.read_bytes() == b"hours of work"
     assert list(tmp_path.iterdir()) == [state]
+
+
+class Stage:
+    """Stands for the module of a stage."""
+
+    __name__ = "stage"
+    Config = SimpleNamespace
+
+    def __init__(self):
+        self.configs = []
+
+    def main(self, cfg):
+        self.configs.append(cfg)
+
+
+def test_ensure_stage_runs_only_a_missing_stage(tmp_path, capsys):
+    stage = Stage()
+    cfg = SimpleNamespace(seed=3, device="cpu", resume=True, lr=1.0)
+    path = tmp_path / "stage.pt"
+    ensure_stage(path, stage, cfg, steps=7)
+    want = dict(out=str(tmp_path), seed=3, device="cpu", resume=True, steps=7)
+    assert [vars(c) for c in stage.configs] == [want]
+    assert f"{path} is missing: running stage.py first" in capsys.readouterr().out
+    path.touch()
+    ensure_stage(path, stage, cfg)
+    assert len(stage.configs) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_ensure_stage_takes_a_script_without_resume(tmp_path):
+    stage = Stage()
+    ensure_stage(tmp_path / "stage.pt", stage, SimpleNamespace(seed=0, device="cpu"))
+    assert stage.configs[0].resume is False
 
 
 class Called(Exception):
@@ -551,8 +617,8 @@ def test_resume_is_passed_down_the_chain(tmp_path, monkeypatch, stage, before, r
 
 
 def test_the_demonstration(capsys):
-    """python run.py, as README shows it."""
-    training.main()
+    """python lab/resume.py, as README shows it."""
+    demonstration.main()
     printed = capsys.readouterr().out
     assert printed.count("killed at step") == 3
     assert printed.count("True") == 2

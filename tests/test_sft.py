@@ -8,13 +8,21 @@ import json
 import random
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
+
+import gpt
+import reward
+import sft
+from data import corpus
+from data.formats import load_chats
+from data.text import batches
+from scaffold.cli import UserError, start
+from scaffold.run import load_checkpoint
 from tiny import (
-    ENC,
     END,
+    ENC,
     ROOT,
     SPECIAL,
     chat,
@@ -22,12 +30,6 @@ from tiny import (
     read_jsonl,
     write_jsonl,
 )
-
-import gpt
-import sft
-from gpt import UserError, load_checkpoint
-from gpt import run as start
-from sft import load_chats
 
 CPU = torch.device("cpu")
 PIECES = [
@@ -59,7 +61,7 @@ def random_chat(rng):
 
 
 def random_examples(n, longest=30, vocab=50, seed=0):
-    """Return n pairs (ids, mask) of any length, as tokenize makes them.
+    """Return n Examples of any length, as tokenize makes them.
 
     Each mask is 0 at position 0 and 1 somewhere behind it.
     """
@@ -70,12 +72,12 @@ def random_examples(n, longest=30, vocab=50, seed=0):
         mask = [0] + [rng.randint(0, 1) for _ in range(T - 1)]
         mask[rng.randrange(1, T)] = 1
         ids = [rng.randrange(vocab) for _ in range(T)]
-        examples.append((torch.tensor(ids), torch.tensor(mask)))
+        examples.append(sft.Example(torch.tensor(ids), torch.tensor(mask)))
     return examples
 
 
 def lengths_of(examples):
-    return [len(ids) for ids, _ in examples]
+    return [len(e.ids) for e in examples]
 
 
 # From a chat to tokens and their mask
@@ -228,7 +230,7 @@ def test_batching_and_padding_change_neither_loss_nor_gradient(batch_tokens):
     nats = sum(nats_by_hand(model, ids, mask)[0] for ids, mask in examples)
     want = torch.autograd.grad(nats, weights)
     total = 0.0
-    for rows in sft.batches(lengths_of(examples), batch_tokens, random.Random(0)):
+    for rows in batches(lengths_of(examples), batch_tokens, random.Random(0)):
         ids, mask = sft.collate(examples, rows)
         total = total + sft.response_loss(model(ids), ids, mask) * mask[:, 1:].sum()
     assert total.item() == pytest.approx(nats.item(), rel=1e-5)
@@ -243,47 +245,10 @@ def test_validation_loss_is_the_mean_per_token_whatever_the_batches(batch_tokens
     nats, counts = zip(*(nats_by_hand(model, ids, mask) for ids, mask in examples))
     want = sum(nats).item() / sum(counts)
     model.train()
-    assert sft.evaluate(model, examples, CPU, batch_tokens) == pytest.approx(want, rel=1e-5)
+    assert sft.val_loss(model, examples, CPU, batch_tokens) == pytest.approx(want, rel=1e-5)
 
 
-# Batches
-
-
-def test_an_epoch_has_every_example_once_and_no_batch_that_is_too_large():
-    rng = random.Random(0)
-    for _ in range(50):
-        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 200))]
-        batch_tokens = rng.choice([1, 50, 100, 500, 10**6])
-        batches = sft.batches(lengths, batch_tokens, rng)
-        assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
-        for b in batches:
-            assert b
-            assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= batch_tokens
-
-
-@pytest.mark.parametrize("batch_tokens", [1024, 4096])
-def test_batches_are_full_and_have_little_padding(batch_tokens):
-    """On lengths as responses have them: many short, a few long."""
-    rng = random.Random(0)
-    lengths = [min(128, max(12, int(rng.lognormvariate(3.7, 0.5)))) for _ in range(4000)]
-    batches = sft.batches(lengths, batch_tokens, rng)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert sum(lengths) > 0.9 * padded
-    assert len(batches) < 1.2 * sum(lengths) / batch_tokens
-
-
-def test_the_order_is_random_and_follows_the_seed():
-    lengths = [10 + i % 90 for i in range(2000)]
-    rng = random.Random(0)
-    first = sft.batches(lengths, 1000, rng)
-    second = sft.batches(lengths, 1000, rng)
-    assert first != second
-    assert first == sft.batches(lengths, 1000, random.Random(0))
-    longest = [max(lengths[i] for i in b) for b in first]
-    rising = sum(a <= b for a, b in zip(longest, longest[1:]))
-    assert rising < 0.7 * len(longest)  # not from short to long
-    # Each epoch puts other examples side by side.
-    assert {frozenset(b) for b in first} != {frozenset(b) for b in second}
+# Examples
 
 
 def test_collate_pads_on_the_right():
@@ -291,9 +256,9 @@ def test_collate_pads_on_the_right():
     rows = [3, 1]
     ids, mask = sft.collate(examples, rows)
     for row, i in enumerate(rows):
-        n = len(examples[i][0])
-        assert torch.equal(ids[row, :n], examples[i][0])
-        assert torch.equal(mask[row, :n], examples[i][1])
+        n = len(examples[i].ids)
+        assert torch.equal(ids[row, :n], examples[i].ids)
+        assert torch.equal(mask[row, :n], examples[i].mask)
         assert not mask[row, n:].any()
 
 
@@ -306,18 +271,41 @@ def test_chats_that_exceed_the_context_are_cut_and_counted(capsys):
     n = len(sft.render(short, ENC)[0])
     assert lengths_of(examples) == [n, 40]
     ids, mask = sft.render(long_response, ENC)
-    assert examples[1][0].tolist() == ids[:40]
-    assert examples[1][1].tolist() == mask[:40]
+    assert examples[1].ids.tolist() == ids[:40]
+    assert examples[1].mask.tolist() == mask[:40]
     printed = capsys.readouterr().out
     assert printed.startswith("2 of 3 chats exceed the context of 40")
-    assert "in 1 of them" in printed
+    assert "; 1 of them" in printed
     sft.tokenize([{"messages": short}], ENC, n)  # a chat may fill the context exactly
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="--block-size"):
         sft.tokenize([{"messages": long_prompt}], ENC, 40)
 
 
-# Responses
+# Prompts and responses
+
+
+def test_fit_prompts_skips_long_prompts_and_never_cuts_one(capsys):
+    short = {"prompt": chat("Hi"), "user": "u1"}
+    long = {"prompt": chat("Hi " * 60)}
+    n = len(sft.render_prompt(chat("Hi"), ENC))
+    fitting = sft.fit_prompts([short, long, short, long], ENC, n + 8, 8)  # fills the context
+    assert fitting == [short | {"ids": sft.render_prompt(chat("Hi"), ENC)}] * 2
+    assert "2 of 4 prompts skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no prompt fits the context"):
+        sft.fit_prompts([short, long], ENC, n + 7, 8)
+
+
+def test_fit_prompts_says_nothing_if_all_fit(capsys):
+    [fitting] = sft.fit_prompts([{"prompt": chat("Hi")}], ENC, 64, 8)
+    assert fitting["ids"][-1] == SPECIAL["<|assistant|>"]
+    assert capsys.readouterr().out == ""
+
+
+def test_printed_samples_are_those_of_each_prompt(capsys):
+    sft.print_samples([chat("a"), chat("b", "c", "d")], ["1", "2"], ["3\n", "4"])
+    want = "--- 'a'\nbefore: '1'\nafter:  '3\\n'\n--- 'd'\nbefore: '2'\nafter:  '4'\n"
+    assert capsys.readouterr().out == want
 
 
 def test_sampled_responses_end_before_the_end_token(monkeypatch):
@@ -329,7 +317,7 @@ def test_sampled_responses_end_before_the_end_token(monkeypatch):
 
     monkeypatch.setattr(gpt, "generate", fake)
     chats = [chat("a"), chat("b"), chat("a", "b", "c")]
-    responses = sft.reply(None, ENC, chats, 9, temperature=0.5, seed=3)
+    responses = sft.sample_responses(None, ENC, chats, 9, temperature=0.5, seed=3)
     assert responses == ["moo 牛", "no end", ""]
     prompts = [sft.render_prompt(c, ENC) for c in chats]
     assert seen == dict(prompts=prompts, n=9, stop=END, temperature=0.5, seed=3)
@@ -381,7 +369,7 @@ def train(tmp_path, init, name, **changes):
 def validation_loss(tmp_path, val):
     """Measure the checkpoint in tmp_path/a on the chats of a file."""
     model, enc, _ = gpt.load_model(tmp_path / "a" / "sft.pt")
-    return sft.evaluate(model, sft.tokenize(load_chats(val), enc, 48), CPU)
+    return sft.val_loss(model, sft.tokenize(load_chats(val), enc, 48), CPU)
 
 
 def test_same_seed_same_run(tmp_path, init, capsys):
@@ -419,9 +407,9 @@ def test_every_epoch_has_each_chat_once_in_another_order(tmp_path, init, monkeyp
     calls = []
     collate = sft.collate
 
-    def spy(examples, rows):
+    def spy(examples, rows, device):
         calls.append((len(examples), list(rows)))
-        return collate(examples, rows)
+        return collate(examples, rows, device)
 
     monkeypatch.setattr(sft, "collate", spy)
     train(tmp_path, init, "a")
@@ -439,7 +427,7 @@ def test_sft_learns_to_respond_and_to_stop(tmp_path, init, capsys):
     rows, _ = train(tmp_path, init, "a", epochs=25, lr=5e-3, dropout=0.0)
     model, enc, _ = gpt.load_model(tmp_path / "a" / "sft.pt")
     chats = [chat(f"What does the {animal} say?") for animal in SOUNDS]
-    responses = sft.reply(model, enc, chats, 20, temperature=0)
+    responses = sft.sample_responses(model, enc, chats, 20, temperature=0)
     assert responses == ["moo.", "meow.", "woof."]
     prompts = [sft.render_prompt(c, enc) for c in chats]
     new = gpt.generate(model, prompts, 20, temperature=0, stop=END)
@@ -464,18 +452,16 @@ def test_the_selected_epoch_is_saved(tmp_path, init, select, capsys):
 
 
 def test_select_reward_saves_the_epoch_with_the_best_score(tmp_path, init, monkeypatch, capsys):
-    """A stand-in for reward.py scores the second epoch best."""
+    """Stand-in scores: the second epoch is the best."""
     scores = iter([1.0, 5.0, 2.0])
     calls = []
 
-    def score_answers(model, enc, prompts, responses):
+    def score_responses(model, enc, prompts, responses):
         calls.append((prompts, len(responses)))
         return [next(scores)] * len(responses)
 
-    reward = SimpleNamespace(
-        load_reward=lambda path, device="cpu": (None, ENC), score_answers=score_answers
-    )
-    monkeypatch.setitem(sys.modules, "reward", reward)
+    monkeypatch.setattr(reward, "load_reward", lambda path, device: (None, ENC))
+    monkeypatch.setattr(reward, "score_responses", score_responses)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "reward.pt").touch()
     val = write_jsonl(
@@ -499,7 +485,7 @@ def test_a_given_val_file_is_used_beside_the_data_of_the_village(
     write_sounds(tmp_path / "sft_train.jsonl")
     write_jsonl(tmp_path / "sft_val.jsonl", {"messages": chat("theirs?", "yes")})
     mine = write_jsonl(tmp_path / "mine.jsonl", {"messages": chat("mine?", "yes")})
-    monkeypatch.setattr(sft, "village_data", lambda out, seed: tmp_path)
+    monkeypatch.setattr(corpus, "ensure", lambda folder, seed: tmp_path)
     for val, prompt in ((str(mine), "mine?"), ("", "theirs?")):
         train(tmp_path, init, "a", data="", val=val, epochs=1)
         assert prompt in capsys.readouterr().out

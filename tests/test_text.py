@@ -4,17 +4,28 @@ import random
 
 import pytest
 import torch
+
+from data.text import (
+    Source,
+    batches,
+    document_odds,
+    draw_documents,
+    pack,
+    read_corpus,
+    split_documents,
+    windows,
+    write_text,
+)
+from scaffold.cli import UserError
 from tiny import (
-    ENC,
     END,
+    ENC,
     SPECIAL,
     assert_close,
     random_documents,
     random_ids,
     write_documents,
 )
-
-from gpt import UserError, document_odds, draw_documents, pack, read_corpus
 
 
 def ids_of(documents):
@@ -38,16 +49,16 @@ LENGTHS = {
 def test_every_token_is_used_once_and_the_tail_is_for_validation(tmp_path, fraction, lengths):
     documents = random_documents(lengths)
     path = write_documents(tmp_path / "a.txt", documents)
-    train, val, weight = read_corpus(path, ENC, 16, fraction)["a"]
+    source = read_corpus(path, ENC, 16, fraction)["a"]
     total = len(ids_of(documents))
-    n_val = sum(map(len, val))
-    assert torch.cat(train + val).tolist() == ids_of(documents)
+    n_val = sum(map(len, source.val))
+    assert torch.cat(source.train + source.val).tolist() == ids_of(documents)
     assert n_val == pytest.approx(fraction * total, abs=2)
-    assert weight == total - n_val
+    assert source.weight == total - n_val
     # At most one document is cut, where the two parts meet; all others are whole.
-    parts = [d.tolist() for d in train + val]
+    parts = [d.tolist() for d in source.train + source.val]
     if len(parts) > len(documents):
-        border = len(train)
+        border = len(source.train)
         parts[border - 1 : border + 1] = [parts[border - 1] + parts[border]]
     assert parts == [ids_of([d]) for d in documents]
 
@@ -55,8 +66,8 @@ def test_every_token_is_used_once_and_the_tail_is_for_validation(tmp_path, fract
 def test_a_text_cannot_spell_a_special_token(tmp_path):
     string = "He wrote <|end|> and <|assistant|> on the wall <|end|>\n" * 20
     path = write_documents(tmp_path / "a.txt", [string])
-    train, val, _ = read_corpus(path, ENC, 16, 0.2)["a"]
-    ids = torch.cat(train + val).tolist()
+    source = read_corpus(path, ENC, 16, 0.2)["a"]
+    ids = torch.cat(source.train + source.val).tolist()
     assert [i for i in ids if i in SPECIAL.values()] == [END]
     assert ENC.decode(ids) == string + "<|end|>"
 
@@ -74,8 +85,8 @@ def test_no_separator_stays_in_the_text(tmp_path, separator, last):
     documents = random_documents([3] * 20)
     path = tmp_path / "a.txt"
     path.write_bytes((separator.join(documents) + last).encode())
-    train, val, _ = read_corpus(path, ENC, 16, 0.2)["a"]
-    assert torch.cat(train + val).tolist() == ids_of(documents)
+    source = read_corpus(path, ENC, 16, 0.2)["a"]
+    assert torch.cat(source.train + source.val).tolist() == ids_of(documents)
 
 
 def test_sources_and_their_weights(tmp_path):
@@ -85,7 +96,7 @@ def test_sources_and_their_weights(tmp_path):
 
     def weights(mixture=""):
         sources = read_corpus(tmp_path, ENC, 16, 0.2, mixture)
-        return {name: weight for name, (_, _, weight) in sources.items()}
+        return {name: source.weight for name, source in sources.items()}
 
     by_size = weights()
     assert set(by_size) == {"a", "b", "c"}
@@ -101,7 +112,7 @@ def test_two_files_of_one_name_in_two_folders_are_both_read(tmp_path):
     for folder, document in zip("xy", documents):
         write_documents(tmp_path / folder / "book.txt", [document])
     sources = read_corpus(tmp_path, ENC, 16, 0.2)
-    n = sum(len(d) for train, val, _ in sources.values() for d in train + val)
+    n = sum(len(d) for s in sources.values() for d in s.train + s.val)
     assert n == len(ids_of(documents))
 
 
@@ -138,6 +149,28 @@ def test_a_bad_corpus_is_named(tmp_path, file, mixture):
         assert part in str(e.value), e.value
 
 
+@pytest.mark.parametrize("separator", ["<|end|>\n", "<|end|>\r\n"], ids=["Unix", "Windows"])
+def test_documents_are_cut_at_the_lines_that_are_just_an_end_token(separator):
+    text = separator.join(["one\n", "two <|end|>\n<|end|> three\n", " \n", "four\n"])
+    assert split_documents(text) == ["one\n", "two <|end|>\n<|end|> three\n", "four\n"]
+
+
+def test_write_text_makes_folders_and_keeps_line_ends(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "苹果\nb\r\n")
+    assert path.read_bytes() == "苹果\nb\r\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_write_that_fails_keeps_the_old_text(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half an emoji: \ud83d")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
 # Drawing
 
 
@@ -156,10 +189,10 @@ def draw(sources, n=150_000, T=32):
 def test_token_shares_follow_the_weights_whatever_the_lengths():
     """Short documents are drawn more often; one longer than the context counts as a window."""
     sources = {
-        "short": ([torch.full((5,), 1)] * 10, [], 6.0),
-        "long": ([torch.full((30,), 2)] * 10, [], 3.0),
-        "book": ([torch.full((3000,), 3)], [], 1.0),
-        "never": ([torch.full((9,), 4)], [], 0.0),
+        "short": Source([torch.full((5,), 1)] * 10, val=[], weight=6.0),
+        "long": Source([torch.full((30,), 2)] * 10, val=[], weight=3.0),
+        "book": Source([torch.full((3000,), 3)], val=[], weight=1.0),
+        "never": Source([torch.full((9,), 4)], val=[], weight=0.0),
     }
     shares, documents = draw(sources)
     want = {"short": 0.6, "long": 0.3, "book": 0.1, "never": 0}
@@ -170,25 +203,28 @@ def test_token_shares_follow_the_weights_whatever_the_lengths():
 
 
 def test_token_shares_do_not_depend_on_the_order_of_a_file():
+    short = [torch.zeros(4)] * 1000
+    long = [torch.zeros(30)] * 1000
     sources = {
-        "sorted": ([torch.zeros(4)] * 1000 + [torch.zeros(30)] * 1000, [], 1.0),
-        "even": ([torch.zeros(17)] * 9, [], 1.0),
+        "sorted": Source(short + long, val=[], weight=1.0),
+        "even": Source([torch.zeros(17)] * 9, val=[], weight=1.0),
     }
     assert draw(sources)[0] == pytest.approx({"sorted": 0.5, "even": 0.5}, abs=0.02)
 
 
 def test_a_window_of_a_long_document_reaches_both_ends():
-    sources = {"a": ([torch.arange(100, 140), torch.arange(7)], [], 1.0)}
+    documents = [torch.arange(100, 140), torch.arange(7)]
+    sources = {"a": Source(documents, val=[], weight=1.0)}
     odds = document_odds(sources, 32)
-    documents, _ = draw_documents(sources, odds, 5000, 32, random.Random(0))
+    drawn, _ = draw_documents(sources, odds, 5000, 32, random.Random(0))
     starts = set()
-    for ids in (d.tolist() for d in documents):
+    for ids in (d.tolist() for d in drawn):
         assert ids in (list(range(7)), list(range(ids[0], ids[0] + 32)))
         starts.add(ids[0])
     assert starts == {0} | set(range(100, 109))
 
 
-# Packing
+# Packing and batches
 
 
 def test_pack_loses_nothing_and_keeps_the_order():
@@ -211,3 +247,47 @@ def test_pack_loses_nothing_and_keeps_the_order():
             assert numbers.tolist() == sorted(numbers[numbers > 0].tolist()) + padding
             unpacked += [row[numbers == i].tolist() for i in range(1, n + 1)]
         assert unpacked == [d.tolist() for d in documents]
+
+
+def test_windows_are_the_first_tokens_in_pieces():
+    documents = [torch.arange(10), torch.arange(10, 15), torch.arange(15, 40)]
+    pieces = windows(documents, T=4, limit=17)
+    assert [len(p) for p in pieces] == [4, 4, 2, 4, 1, 2]
+    assert torch.cat(pieces).tolist() == list(range(17))
+
+
+def test_an_epoch_has_every_example_once_and_no_batch_that_is_too_large():
+    rng = random.Random(0)
+    for _ in range(50):
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 200))]
+        batch_tokens = rng.choice([1, 50, 100, 500, 10**6])
+        epoch = batches(lengths, batch_tokens, rng)
+        assert sorted(i for b in epoch for i in b) == list(range(len(lengths)))
+        for b in epoch:
+            assert b
+            assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= batch_tokens
+
+
+@pytest.mark.parametrize("batch_tokens", [1024, 4096])
+def test_batches_are_full_and_have_little_padding(batch_tokens):
+    """On lengths as responses have them: many short, a few long."""
+    rng = random.Random(0)
+    lengths = [min(128, max(12, int(rng.lognormvariate(3.7, 0.5)))) for _ in range(4000)]
+    epoch = batches(lengths, batch_tokens, rng)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in epoch)
+    assert sum(lengths) > 0.9 * padded
+    assert len(epoch) < 1.2 * sum(lengths) / batch_tokens
+
+
+def test_the_order_is_random_and_follows_the_seed():
+    lengths = [10 + i % 90 for i in range(2000)]
+    rng = random.Random(0)
+    first = batches(lengths, 1000, rng)
+    second = batches(lengths, 1000, rng)
+    assert first != second
+    assert first == batches(lengths, 1000, random.Random(0))
+    longest = [max(lengths[i] for i in b) for b in first]
+    rising = sum(a <= b for a, b in zip(longest, longest[1:]))
+    assert rising < 0.7 * len(longest)  # not from short to long
+    # Each epoch puts other examples side by side.
+    assert {frozenset(b) for b in first} != {frozenset(b) for b in second}

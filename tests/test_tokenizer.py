@@ -4,10 +4,11 @@ import random
 
 import pytest
 import tiktoken
-from tiny import ENC, SPECIAL, write_tokenizer
 
-from gpt import SPECIAL as NAMES
-from gpt import UserError, fingerprint, get_tokenizer
+from data.tokenizer import SPECIAL as NAMES
+from data.tokenizer import end_of, fingerprint, get_tokenizer, token_bytes
+from scaffold.cli import UserError
+from tiny import END, ENC, SPECIAL, write_tokenizer
 
 
 def random_string(rng, n):
@@ -54,6 +55,18 @@ def test_the_special_tokens_are_five_ids_behind_the_ordinary_ones():
     assert {"<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"} == set(NAMES)
     assert sorted(ids) == list(range(len(ENC.token_byte_values()), ENC.n_vocab))
     assert ENC.encode_single_token("<|pad|>") != ENC.encode_single_token("<|end|>")
+
+
+def test_end_of_is_the_id_of_the_end_token():
+    assert end_of(ENC) == END
+
+
+def test_token_bytes_make_the_string_and_special_tokens_have_none():
+    table = token_bytes(ENC)
+    assert len(table) == ENC.n_vocab
+    string = "".join(STRINGS)
+    assert b"".join(table[i] for i in ENC.encode_ordinary(string)) == string.encode()
+    assert [i for i, b in enumerate(table) if b == b""] == sorted(SPECIAL.values())
 
 
 @pytest.mark.parametrize("piece", [" ", "a", "\n", "猫", "!", "\u3000"])

@@ -13,10 +13,12 @@ import torch
 
 import gpt
 import reward
+from data import tokenizer
+from scaffold.run import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-ENC = gpt.get_tokenizer()
-SPECIAL = {name: ENC.encode_single_token(name) for name in gpt.SPECIAL}
+ENC = tokenizer.get_tokenizer()
+SPECIAL = {name: ENC.encode_single_token(name) for name in tokenizer.SPECIAL}
 END = SPECIAL["<|end|>"]
 
 
@@ -63,10 +65,9 @@ def tiny_reward(seed):
 def save_reward(path, model):
     """Save a RewardModel as reward.py does, under the built-in tokenizer."""
     config = vars(model.body.config)
-    fingerprint = gpt.fingerprint(ENC)
-    gpt.save_checkpoint(
-        path, model=model.state_dict(), gpt=config, tokenizer="", fingerprint=fingerprint
-    )
+    weights = model.state_dict()
+    fingerprint = tokenizer.fingerprint(ENC)
+    save_checkpoint(path, model=weights, gpt=config, tokenizer="", fingerprint=fingerprint)
 
 
 def same_weights(a, b):
