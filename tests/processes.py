@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,25 +104,27 @@ def scripts(files):
     prompts = f"{files}/prompts.jsonl"
     ranked = f"{files}/ranked.jsonl"
 
-    pretraining = dict(data=text, steps=24, save_every=3, eval_every=7, batch_tokens=96)
-    pretraining |= dict(block_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
-    chatting = dict(data=chats, val=chats, epochs=3, batch_tokens=96, save_every=4, dropout=0.1)
-    chatting |= dict(max_new_tokens=4, gold="")
-    ranking = dict(data=ranked, val=ranked, epochs=2, batch_prompts=3, save_every=3)
-    ranking |= dict(max_new_tokens=4, gold="")
-    playing = dict(prompts=prompts, text=text, updates=8, rollout_size=8, epochs=2, value_warmup=1, lr=1e-2)
-    playing |= dict(max_new_tokens=6, ptx=0.5, ptx_tokens=64, target_kl=0.1, save_every=2)
-    playing |= dict(table=False, gold="")
-    judging = dict(data=chats, eft=f"{files}/judged.jsonl", prompts=prompts, pairs="random")
-    judging |= dict(iterations=4, n_prompts=12, n_test=4, batch_pairs=4, sft_epochs=1, epochs=1)
-    judging |= dict(max_new_tokens=4, grade="")
+    for_gpt = dict(data=text, steps=24, save_every=3, eval_every=7, batch_tokens=96)
+    for_gpt |= dict(block_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+    for_sft = dict(data=chats, val=chats, epochs=3, batch_tokens=96, save_every=4, dropout=0.1)
+    for_sft |= dict(max_new_tokens=4, gold="")
+    for_reward = dict(data=ranked, val=ranked, epochs=2, batch_prompts=3, save_every=3)
+    for_reward |= dict(max_new_tokens=4, gold="")
+    for_dpo = for_reward | dict(eval_every=5, nll=0.1)
+    for_ppo = dict(prompts=prompts, text=text, updates=8, rollout_size=8, epochs=2)
+    for_ppo |= dict(value_warmup=1, lr=1e-2, max_new_tokens=6, ptx=0.5, ptx_tokens=64)
+    for_ppo |= dict(target_kl=0.1, save_every=2, table=False, gold="")
+    for_rounds = dict(data=chats, eft=f"{files}/judged.jsonl", prompts=prompts, pairs="random")
+    for_rounds |= dict(iterations=4, n_prompts=12, n_test=4, batch_pairs=4, sft_epochs=1)
+    for_rounds |= dict(max_new_tokens=4, epochs=1, grade="")
+    rounds = "self_reward-pairs-random"
     return {
-        "gpt": Script(gpt, pretraining, "gpt.pt"),
-        "sft": Script(sft, chatting, "sft.pt"),
-        "reward": Script(reward, ranking, "reward.pt"),
-        "dpo": Script(dpo, ranking | dict(eval_every=5, nll=0.1), "dpo.pt"),
-        "ppo": Script(ppo, playing, "ppo.pt"),
-        "self_reward-pairs-random": Script(self_reward, judging, "self_reward/pairs-random-M5.pt"),
+        "gpt": Script(gpt, for_gpt, "gpt.pt"),
+        "sft": Script(sft, for_sft, "sft.pt"),
+        "reward": Script(reward, for_reward, "reward.pt"),
+        "dpo": Script(dpo, for_dpo, "dpo.pt"),
+        "ppo": Script(ppo, for_ppo, "ppo.pt"),
+        rounds: Script(self_reward, for_rounds, "self_reward/pairs-random-M5.pt"),
     }
 
 
@@ -227,7 +230,7 @@ def killed_run(train, out, log, n, rng):
     resume = False
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
         have = len(lines_of(log))
-        pid = fork(lambda: train(out, resume), log=out / "output.txt")
+        pid = fork(partial(train, out, resume), log=out / "output.txt")
         if how:
             wait_for_rows(pid, log, rng.randrange(have, max(have + 1, 2 * n // 3)))
             time.sleep(rng.random() * 0.005)  # anywhere in the next step

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data.text import Source, checkpoint_text, pack, read_corpus
+from data.text import Source, checkpoint_text, pack, pad, read_corpus
 from data.tokenizer import fingerprint
 from scaffold.cli import UserError, start
 from scaffold.run import load_checkpoint, save_checkpoint
@@ -231,7 +231,7 @@ def test_kept_tokens_keep_their_odds(settings):
 
 
 def test_ties():
-    """top_p keeps the smallest set, with any of the equal tokens; top_k takes no less likely one."""
+    """top_p keeps the smallest set, with any of the equal tokens; top_k drops less likely ones."""
     logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     assert len(support(logits, top_p=0.01)[0]) == 1
     kept = support(logits, top_k=2)[0]
@@ -298,7 +298,7 @@ def test_a_token_changes_no_output_before_it_and_every_output_from_it_on():
 def test_right_padding_and_other_rows_change_no_real_token(filler):
     model = random_gpt()
     rows = tensors([1, 5, 17, 2, 64])
-    ids = gpt.pad(rows, filler)
+    ids = pad(rows, filler)
     states = model.hidden(ids)
     logprobs = gpt.token_logprobs(model, ids)
     for i, row in enumerate(rows):
@@ -431,7 +431,7 @@ def test_lm_loss_and_its_gradient_are_those_of_one_document_a_row():
     nats, n = nats_by_hand(model, documents)
     want = torch.autograd.grad(nats / n, list(model.parameters()))
     packed = pack(documents, 16)
-    alone = gpt.pad(documents), gpt.pad([torch.ones_like(d) for d in documents])
+    alone = pad(documents), pad([torch.ones_like(d) for d in documents])
     garbage = torch.where(packed[1] > 0, packed[0], 17), packed[1]
     for ids, segments in (packed, alone, garbage):
         assert_close(gpt.lm_loss(model, ids, segments, "sum").double(), nats, 1e-5)

@@ -1,4 +1,4 @@
-"""Tests of the source itself: width, imports, and the one direction in which modules know others."""
+"""Tests of the source itself: width, imports, and which modules may import which."""
 
 import ast
 import sys

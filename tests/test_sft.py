@@ -302,12 +302,6 @@ def test_fit_prompts_says_nothing_if_all_fit(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_printed_samples_are_those_of_each_prompt(capsys):
-    sft.print_samples([chat("a"), chat("b", "c", "d")], ["1", "2"], ["3\n", "4"])
-    want = "--- 'a'\nbefore: '1'\nafter:  '3\\n'\n--- 'd'\nbefore: '2'\nafter:  '4'\n"
-    assert capsys.readouterr().out == want
-
-
 def test_sampled_responses_end_before_the_end_token(monkeypatch):
     seen = {}
 
