@@ -22,21 +22,16 @@ from scaffold.cli import (
     run_folder,
     start,
 )
+from tiny import ROOT
 
 # Flags
 
 
+# Every module with a Config: gpt, sft, ..., lab.tool_use
 SCRIPTS = [
-    "gpt",
-    "sft",
-    "reward",
-    "dpo",
-    "ppo",
-    "evaluate",
-    "chat",
-    "tools",
-    "self_instruct",
-    "self_reward",
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[dl]a*/*.py"))
+    if "\nclass Config" in path.read_text(encoding="utf-8")
 ]
 VALUES = {str: "x", int: 7, float: 0.25, bool: True}
 

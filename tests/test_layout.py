@@ -33,7 +33,8 @@ RANKS = {
 }
 # Imports inside a function that go up, with their reasons.
 EXCEPTIONS = {
-    ("data.labelers", "sft"): "simulated labelers rank samples of the SFT model",
+    ("data.labelers", "gpt"): "simulated labelers rank samples of the SFT model",
+    ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",
     ("ppo", "evaluate"): "the table at the end",
 }

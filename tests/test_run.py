@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 
 import gpt
-from lab import resume as demonstration
 from scaffold.cli import UserError, start
 from scaffold.run import (
     Diverged,
@@ -544,7 +543,7 @@ CHAIN = [  # stage, the one before
 ]
 
 
-@pytest.mark.parametrize("stage, before", [*CHAIN, ("tools", "gpt")])
+@pytest.mark.parametrize("stage, before", [*CHAIN, ("lab.tool_use", "gpt")])
 def test_a_stage_does_not_discard_an_unfinished_run_of_the_one_before(tmp_path, stage, before):
     """It may be hours of pretraining, with settings that only the user knows."""
     state = tmp_path / f"{before}.state"
@@ -614,11 +613,3 @@ def test_resume_is_passed_down_the_chain(tmp_path, monkeypatch, stage, before, r
     assert cfg.out == out
     assert cfg.seed == 3
     assert cfg.device == "cpu"
-
-
-def test_the_demonstration(capsys):
-    """python lab/resume.py, as README shows it."""
-    demonstration.main()
-    printed = capsys.readouterr().out
-    assert printed.count("killed at step") == 3
-    assert printed.count("True") == 2
