@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import gpt
 from data.text import Source, checkpoint_text, pack, pad, read_corpus
 from data.tokenizer import fingerprint
-from scaffold.cli import UserError, start
+from scaffold.cli import UserError, field_help, start
 from scaffold.run import load_checkpoint, save_checkpoint
 from tiny import (
     END,
@@ -676,6 +676,10 @@ def test_pretrained_weights_of_another_tokenizer_are_refused(tmp_path, vocab):
 
 
 # The command
+
+
+def test_every_setting_is_explained():
+    assert all(len(text) > 10 for text in field_help(gpt.Config).values())
 
 
 BAD_FLAGS = {  # arguments -> what the line must contain

@@ -37,6 +37,8 @@ EXCEPTIONS = {
     ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",
     ("ppo", "evaluate"): "the table at the end",
+    ("self_instruct", "lab.instruction_quality"): "measures of the tasks it made",
+    ("self_reward", "lab.judge_quality"): "measures of its table",
 }
 REQUIRED = {"torch", "numpy", "tiktoken", "tqdm", "regex"}  # regex comes with tiktoken
 OPTIONAL = {"safetensors", "matplotlib"}  # imported only where a user asks for them
@@ -167,10 +169,12 @@ def imported_names(tree):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_imported_name_is_used(name):
     """A name has one home and is imported from there: no module passes names on."""
-    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    source = (ROOT / name).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     unused = {n: line for n, line in imported_names(tree).items() if n not in used}
-    assert unused == {}
+    assert [n for n, line in unused.items() if "noqa: F401" not in lines[line - 1]] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
