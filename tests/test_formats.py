@@ -485,19 +485,27 @@ def test_the_prompt_of_every_format_is_read(tmp_path, record, prompt):
     [found] = load_prompts(path)
     assert found["prompt"] == prompt
     assert found["user"] == "u1"
+    assert "output" not in found
 
 
-@pytest.mark.parametrize("output", ["Cow, cat.", "", " \n"], ids=["response", "empty", "blank"])
-def test_the_prompt_of_an_alpaca_record_is_read_whatever_its_output(tmp_path, output):
+ALPACA = {
+    "response": {"output": "Cow, cat."},
+    "empty input and output": {"input": "", "output": ""},
+    "blank output": {"output": " \n"},
+}
+
+
+@pytest.mark.parametrize("fields", ALPACA.values(), ids=ALPACA)
+def test_the_prompt_of_an_alpaca_record_is_read_whatever_its_output(tmp_path, fields):
     """Its wording is drawn from templates."""
-    record = {"instruction": "Name two animals.", "input": "", "output": output, "user": "u1"}
+    record = {"instruction": "Name two animals.", "user": "u1"} | fields
     [found] = load_prompts(write_jsonl(tmp_path / "p.jsonl", record))
     [message] = found["prompt"]
     assert message["role"] == "user"
     assert "Name two animals." in message["content"]
     assert "Cow" not in message["content"]
     assert found["user"] == "u1"
-    assert found["output"] == output
+    assert found["output"] == fields["output"]
 
 
 def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
