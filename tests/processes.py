@@ -1,8 +1,14 @@
-"""Training scripts in processes of their own, which are killed, or share the work: python tests/processes.py FOLDER kills|ranks.
+"""Run the training scripts in processes that are killed, or that share the work.
 
-Each run is a fork, made after torch is loaded and before it has threads, so that dozens of them cost seconds. A run trains a tiny
-model on tiny files. FOLDER/report.json tells what happened; tests/test_processes.py calls this and reads that.
+    python tests/processes.py FOLDER kills            kill and resume every script
+    python tests/processes.py FOLDER kills sft ppo    these only
+    python tests/processes.py FOLDER ranks            train with one process and with two
+
+Each run is a fork, made after torch is loaded and before it has threads, so that dozens of runs
+take seconds. A run trains a tiny model on tiny files. FOLDER/report.json says what happened;
+tests/test_processes.py reads it.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -14,10 +20,12 @@ import socket
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"   # a fork of a process with threads may hang
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads may hang
 import torch  # noqa: E402
 
 import dpo  # noqa: E402
@@ -26,80 +34,129 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import self_reward  # noqa: E402
 import sft  # noqa: E402
+from scaffold.cli import UserError  # noqa: E402
+from scaffold.distributed import init_distributed  # noqa: E402
+from scaffold.run import load_checkpoint  # noqa: E402
+from tiny import ENC, chat, save_reward, write_jsonl  # noqa: E402
 
 torch.set_num_threads(1)
-TEAM = ("gpt", "sft", "reward", "dpo", "ppo")   # the scripts that several processes can share
+SHARED = ("gpt", "sft", "reward", "dpo", "ppo")  # the scripts that several processes can share
 WORDS = "the miller has a dog and it sleeps by his mill while bread grows brown".split()
 
 
+class Script(NamedTuple):
+    module: object
+    settings: dict
+    made: str  # the checkpoint that exists once the run is finished
+
+
 def write_files(folder):
-    """What the scripts read: a text, chats, ranked and judged answers, prompts, and an untrained checkpoint of each stage."""
-    rng, enc = random.Random(0), gpt.get_tokenizer()
+    """Write all that the scripts read: texts, records, an untrained checkpoint of each stage."""
+    rng = random.Random(0)
     folder.mkdir(parents=True)
 
-    def say():
+    def words():
         return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
 
-    def lines(name, records):
-        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    def question():
+        return words() + "?"
 
-    def chat():
-        return {"messages": [{"role": "user", "content": say() + "?"}, {"role": "assistant", "content": say()}]}
+    def write(name, record, n):
+        write_jsonl(folder / name, *(record() for _ in range(n)))
 
-    (folder / "text.txt").write_text("<|end|>\n".join(say() + "\n" for _ in range(300)))
-    lines("chats.jsonl", (chat() for _ in range(40)))
-    lines("prompts.jsonl", ({"prompt": say() + "?"} for _ in range(24)))
-    lines("ranked.jsonl", ({"prompt": say() + "?", "responses": [say() for _ in range(4)], "ranks": [1, 2, 2, 3]} for _ in range(30)))
-    lines("judged.jsonl", ({"prompt": say() + "?", "responses": [say(), say()], "verdicts": ["some 1. Score: 7", "some 0. Score: 2"]} for _ in range(30)))
+    def messages():
+        return {"messages": chat(question(), words())}
+
+    def prompt():
+        return {"prompt": question()}
+
+    def ranked():
+        prompt = question()
+        responses = [words() for _ in range(4)]
+        return {"prompt": prompt, "responses": responses, "ranks": [1, 2, 2, 3]}
+
+    def judged():
+        verdicts = ["some 1. Score: 7", "some 0. Score: 2"]
+        return {"prompt": question(), "responses": [words(), words()], "verdicts": verdicts}
+
+    text = "<|end|>\n".join(words() + "\n" for _ in range(300))
+    (folder / "text.txt").write_text(text)
+    write("chats.jsonl", messages, 40)
+    write("prompts.jsonl", prompt, 24)
+    write("ranked.jsonl", ranked, 30)
+    write("judged.jsonl", judged, 30)
     for seed, name in enumerate(("gpt", "sft", "reward")):
         torch.manual_seed(seed)
-        model = gpt.GPT(gpt.GPTConfig(enc.n_vocab, 96, 1, 2, 16))
+        model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 96, n_layer=1, n_head=2, n_embd=16))
         if name == "reward":
-            state = dict(gpt=vars(model.config), tokenizer="", fingerprint=gpt.fingerprint(enc))
-            gpt.save_checkpoint(folder / "reward.pt", model=reward.RewardModel(model).state_dict(), **state)
+            save_reward(folder / "reward.pt", reward.RewardModel(model))
         else:
-            gpt.save_model(folder / f"{name}.pt", model, enc, "")
+            gpt.save_model(folder / f"{name}.pt", model, ENC, "")
 
 
 def scripts(files):
-    """{name of the log: (module, settings, checkpoint of the end)}; what is random in them is on: dropout, sampling, ptx, adapted beta."""
-    ranked = dict(data=f"{files}/ranked.jsonl", val=f"{files}/ranked.jsonl", max_new_tokens=4)
+    """Return {name of the log: Script}.
+
+    All that is random in a script is on: dropout, sampling, the ptx term, the adapted beta.
+    """
+    text = f"{files}/text.txt"
+    chats = f"{files}/chats.jsonl"
+    prompts = f"{files}/prompts.jsonl"
+    ranked = f"{files}/ranked.jsonl"
+
+    for_gpt = dict(data=text, steps=24, save_every=3, eval_every=7, batch_tokens=96)
+    for_gpt |= dict(block_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+    for_sft = dict(data=chats, val=chats, epochs=3, batch_tokens=96, save_every=4, dropout=0.1)
+    for_sft |= dict(max_new_tokens=4, gold="")
+    for_reward = dict(data=ranked, val=ranked, epochs=2, batch_prompts=3, save_every=3)
+    for_reward |= dict(max_new_tokens=4, gold="")
+    for_dpo = for_reward | dict(eval_every=5, nll=0.1)
+    for_ppo = dict(prompts=prompts, text=text, updates=8, rollout_size=8, epochs=2)
+    for_ppo |= dict(value_warmup=1, lr=1e-2, max_new_tokens=6, ptx=0.5, ptx_tokens=64)
+    for_ppo |= dict(target_kl=0.1, save_every=2, table=False, gold="")
+    for_rounds = dict(data=chats, eft=f"{files}/judged.jsonl", prompts=prompts, pairs="random")
+    for_rounds |= dict(iterations=4, n_prompts=12, n_test=4, batch_pairs=4, sft_epochs=1)
+    for_rounds |= dict(max_new_tokens=4, epochs=1, grade="")
+    rounds = "self_reward-pairs-random"
     return {
-        "gpt": (gpt, dict(data=f"{files}/text.txt", steps=24, save_every=3, eval_every=7, batch_tokens=96, block_size=32, n_layer=1, n_head=2,
-                          n_embd=16, dropout=0.1), "gpt.pt"),
-        "sft": (sft, dict(data=f"{files}/chats.jsonl", val=f"{files}/chats.jsonl", epochs=3, batch_tokens=96, save_every=4, dropout=0.1,
-                          max_new_tokens=4, gold=""), "sft.pt"),
-        "reward": (reward, dict(ranked, epochs=2, batch_prompts=3, save_every=3, gold=""), "reward.pt"),
-        "dpo": (dpo, dict(ranked, epochs=2, batch_prompts=3, save_every=3, eval_every=5, nll=0.1, gold=""), "dpo.pt"),
-        "ppo": (ppo, dict(prompts=f"{files}/prompts.jsonl", text=f"{files}/text.txt", updates=8, rollout=8, epochs=2, warmup=1, lr=1e-2,
-                          max_new_tokens=6, ptx=0.5, ptx_tokens=64, target_kl=0.1, save_every=2, table=False, gold=""), "ppo.pt"),
-        "self_reward-pairs-random": (self_reward, dict(
-            data=f"{files}/chats.jsonl", eft=f"{files}/judged.jsonl", prompts=f"{files}/prompts.jsonl", pairs="random", iterations=4, n_prompts=12,
-            n_test=4, batch_pairs=4, sft_epochs=1, max_new_tokens=4, epochs=1, grade=""), "self_reward/pairs-random-M5.pt")}
+        "gpt": Script(gpt, for_gpt, "gpt.pt"),
+        "sft": Script(sft, for_sft, "sft.pt"),
+        "reward": Script(reward, for_reward, "reward.pt"),
+        "dpo": Script(dpo, for_dpo, "dpo.pt"),
+        "ppo": Script(ppo, for_ppo, "ppo.pt"),
+        rounds: Script(self_reward, for_rounds, "self_reward/pairs-random-M5.pt"),
+    }
 
 
-def folder_of(files, out):
-    """A run's folder, with the checkpoints of the stages before it."""
+def run_folder(files, out):
+    """Make the folder of a run, with the checkpoints of the stages before it."""
     out.mkdir(parents=True)
     for name in ("gpt.pt", "sft.pt", "reward.pt"):
         (out / name).write_bytes((files / name).read_bytes())
     return out
 
 
-def fork(work, env=(), log=os.devnull):
-    """work() in a process of its own -> its pid. Exit code 0, or 2 for a UserError, 3 for any other."""
+def fork(work, env=None, log=os.devnull):
+    """Call work() in a new process -> its pid.
+
+    Its exit code is 0, or 2 for a UserError, 130 for Ctrl-C, 3 for any other error.
+    """
     pid = os.fork()
     if pid:
         return pid
     code = 3
     try:
-        os.environ.update(env)
+        os.environ.update(env or {})
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with open(log, "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with (
+            open(log, "a") as out,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(out),
+        ):
             try:
                 work()
                 code = 0
-            except gpt.UserError as e:
+            except UserError as e:
                 print(e)
                 code = 2
             except KeyboardInterrupt:
@@ -111,7 +168,7 @@ def fork(work, env=(), log=os.devnull):
 
 
 def wait(pid, seconds=60):
-    """-> exit code, minus the signal if one ended it; a process that hangs is killed and gives 'hung'."""
+    """Wait for a process -> its exit code, minus the signal that ended it, or "hung" (killed)."""
     end = time.time() + seconds
     while time.time() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -123,8 +180,13 @@ def wait(pid, seconds=60):
     return "hung"
 
 
+def has_ended(pid):
+    """Has a process ended? Unlike waitpid, this leaves its exit code for wait()."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def digest(path):
-    """Of everything that a checkpoint holds, tensors bit for bit."""
+    """Hash the model of a checkpoint, tensors bit for bit."""
     h = hashlib.sha256()
 
     def add(x):
@@ -136,30 +198,42 @@ def digest(path):
                 add(v)
         else:
             h.update(repr(x).encode())
-    add(gpt.load_checkpoint(path)["model"])
+
+    add(load_checkpoint(path)["model"])
     return h.hexdigest()
 
 
-def rows(path):
-    return path.read_text().splitlines() if path.exists() else []
+def lines_of(log):
+    return log.read_text().splitlines() if log.exists() else []
 
 
-def wait_for_rows(pid, path, n, seconds=60):
-    """Until the log has more than n rows, or the process has ended."""
+def rows_of(log):
+    """The rows of a log without their "config", which holds the folder of the run."""
+    rows = [json.loads(line) for line in lines_of(log)]
+    return [{k: v for k, v in row.items() if k != "config"} for row in rows]
+
+
+def wait_for_rows(pid, log, n, seconds=60):
+    """Wait until the log has more than n rows or the process has ended."""
     end = time.time() + seconds
-    while len(rows(path)) <= n and time.time() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while len(lines_of(log)) <= n and time.time() < end and not has_ended(pid):
         time.sleep(0.001)
 
 
 def killed_run(train, out, log, n, rng):
-    """Killed by SIGKILL, Ctrl-C and SIGKILL at random moments of a run of n rows, resumed each time -> exit codes."""
-    codes, resume = [], False
+    """Kill train(out, resume) with SIGKILL, Ctrl-C and SIGKILL, resuming each time -> exit codes.
+
+    The moments are random, each later than the last, and all in the first two thirds of the run's
+    n rows: a process must be alive to be killed.
+    """
+    codes = []
+    resume = False
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
-        have = len(rows(log))
-        pid = fork(lambda: train(out, resume), log=out / "output.txt")
-        if how:   # not near the end: it must be alive to be killed
-            wait_for_rows(pid, log, rng.randrange(have, max(have + 1, 2 * n // 3)))   # and each time later than the last
-            time.sleep(rng.random() * 0.005)   # anywhere in the next step
+        have = len(lines_of(log))
+        pid = fork(partial(train, out, resume), log=out / "output.txt")
+        if how:
+            wait_for_rows(pid, log, rng.randrange(have, max(have + 1, 2 * n // 3)))
+            time.sleep(rng.random() * 0.005)  # anywhere in the next step
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, how)
         codes.append(wait(pid))
@@ -169,93 +243,141 @@ def killed_run(train, out, log, n, rng):
     return codes
 
 
+def kill_script(name, script, files, folder):
+    """Run a script once undisturbed and once killed again and again -> its entry in the report."""
+    log = f"{name}.jsonl"
+
+    def train(out, resume):
+        cfg = script.module.Config(**script.settings, out=str(out), device="cpu", resume=resume)
+        script.module.main(cfg)
+
+    rng = random.Random(name)
+    whole = run_folder(files, folder / "whole")
+    first = wait(fork(lambda: train(whole, False), log=whole / "output.txt"))
+    n = len(rows_of(whole / log))
+    for attempt in range(5):  # a fast machine may finish before it is killed
+        killed = run_folder(files, folder / f"killed{attempt}")
+        (killed / script.made).unlink(missing_ok=True)
+        codes = killed_run(train, killed, killed / log, n, rng)
+        if -signal.SIGKILL in codes:
+            break
+    entry = dict(codes=[first, *codes], rows=n)
+    if codes[-1] == 0:
+        names = sorted(p.name for p in killed.iterdir())
+        entry.update(
+            same_log=rows_of(whole / log) == rows_of(killed / log),
+            same_weights=digest(whole / script.made) == digest(killed / script.made),
+            left=[p for p in names if ".state" in p or ".part" in p],
+        )
+    return entry
+
+
 def kills(root, chosen):
-    """Each script once undisturbed, and once killed again and again."""
-    files, report = root / "files", {}
+    """Kill each script -> report."""
+    files = root / "files"
     write_files(files)
-    for name, (module, settings, end) in scripts(files).items():
-        if chosen and name not in chosen:
-            continue
-
-        def train(out, resume):
-            module.main(module.Config(**settings, out=str(out), device="cpu", resume=resume))
-
-        def log_of(out):
-            return [{k: v for k, v in json.loads(r).items() if k != "config"} for r in rows(out / f"{name}.jsonl")]
-
-        rng, whole = random.Random(name), folder_of(files, root / name / "whole")
-        report[name] = dict(codes=[wait(fork(lambda: train(whole, False), log=whole / "output.txt"))], rows=len(log_of(whole)))
-        for attempt in range(5):   # a fast machine may be through before it is killed
-            killed = folder_of(files, root / name / f"killed{attempt}")
-            (killed / end).unlink(missing_ok=True)
-            codes = killed_run(train, killed, killed / f"{name}.jsonl", report[name]["rows"], rng)
-            if -signal.SIGKILL in codes:
-                break
-        report[name]["codes"] += codes
-        if codes[-1] == 0:
-            report[name].update(same_log=log_of(whole) == log_of(killed), same_weights=digest(whole / end) == digest(killed / end),
-                                left=sorted(p.name for p in killed.iterdir() if ".state" in p.name or ".part" in p.name))
+    report = {}
+    for name, script in scripts(files).items():
+        if not chosen or name in chosen:
+            report[name] = kill_script(name, script, files, root / name)
     return report
 
 
-def team(work, n, log):
-    """work() in n processes that know of each other, as torchrun would start them -> their pids."""
+def fork_ranks(work, n, log):
+    """Call work() in n processes that know of each other, as torchrun starts them -> their pids."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [fork(work, dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port), log) for r in range(n)]
+    env = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
+    return [fork(work, env | rank, log) for rank in ranks]
+
+
+def losses_of(log):
+    """The first ten losses of a run, as [[policy, value]] for PPO, else [[loss]]."""
+    rows = [json.loads(line) for line in lines_of(log)]
+    keys = [k for k in rows[-1] if k in ("loss/policy_avg", "loss/value_avg")] or ["loss"]
+    return [[row[k] for k in keys] for row in rows if keys[0] in row][:10]
+
+
+def share_script(name, script, files, folder, n):
+    """Run a script in one process and in n, on the same global batches -> its report entry."""
+    log = folder / "log.txt"
+
+    def train(out):
+        init_distributed("cpu")
+        script.module.main(script.module.Config(**script.settings, out=str(out), device="cpu"))
+
+    one = run_folder(files, folder / "one")
+    many = run_folder(files, folder / "many")
+    pids = [fork(lambda: train(one), log=log), *fork_ranks(lambda: train(many), n, log)]
+    codes = [wait(pid) for pid in pids]
+    entry = dict(codes=codes)
+    if set(codes) == {0}:
+        a = losses_of(one / f"{name}.jsonl")
+        b = losses_of(many / f"{name}.jsonl")
+        entry.update(
+            steps=len(a),
+            same_length=len(a) == len(b),
+            losses=a[:3],
+            difference=max(abs(p - q) for x, y in zip(a, b) for p, q in zip(x, y)),
+        )
+    return entry
 
 
 def ranks(root, chosen, n=2):
-    """Ten steps by one process and by n, on the same global batches: no dropout, and greedy answers, since each process samples by its own seed."""
-    files, report = root / "files", {}
+    """Train with one process and with n -> report.
+
+    Dropout is off and sampling is greedy, since each process has its own random numbers.
+    """
+    files = root / "files"
     write_files(files)
-    greedy = gpt.generate
-    gpt.generate = lambda *args, **how: greedy(*args, **(how | {"temperature": 0}))
-    steps = {"gpt": dict(steps=10, dropout=0.0, schedule="constant"), "sft": dict(dropout=0.0), "ppo": dict(updates=5, target_kl=0.0, beta=0.1)}
-    for name, (module, settings, end) in scripts(files).items():
-        if name not in (chosen or TEAM):
-            continue
-        settings, log = settings | steps.get(name, {}), root / name / "log.txt"
+    sample = gpt.generate
 
-        def train(out):
-            gpt.join("cpu")
-            module.main(module.Config(**settings, out=str(out), device="cpu"))
+    def greedy(*args, **settings):
+        return sample(*args, **(settings | {"temperature": 0}))
 
-        one, many = folder_of(files, root / name / "one"), folder_of(files, root / name / "many")
-        pids = [fork(lambda: train(one), log=log)] + team(lambda: train(many), n, log)
-        report[name] = dict(codes=[wait(p) for p in pids])
-        if set(report[name]["codes"]) == {0}:
-            a, b = ([json.loads(r) for r in rows(out / f"{name}.jsonl")] for out in (one, many))
-            keys = [k for k in a[-1] if k in ("loss/policy_avg", "loss/value_avg")] or ["loss"]
-            a, b = ([[r[k] for k in keys] for r in x if keys[0] in r][:10] for x in (a, b))
-            report[name].update(steps=len(a), same_length=len(a) == len(b), losses=a[:3],
-                                difference=max(abs(p - q) for x, y in zip(a, b) for p, q in zip(x, y)))
-    report["dead"] = dict(codes=one_dies(files, root / "dead"))
+    gpt.generate = greedy
+    changes = {
+        "gpt": dict(steps=10, dropout=0.0, schedule="constant"),
+        "sft": dict(dropout=0.0),
+        "ppo": dict(updates=5, target_kl=0.0, beta=0.1),
+    }
+    report = {}
+    for name, script in scripts(files).items():
+        if name in (chosen or SHARED):
+            settings = script.settings | changes.get(name, {})
+            script = script._replace(settings=settings)
+            report[name] = share_script(name, script, files, root / name, n)
+    report["dead"] = dict(codes=kill_one_of_two(files, root / "dead"))
     return report
 
 
-def one_dies(files, out):
-    """One of two processes is killed in the middle: the other one must end, too, and with an error. -> their exit codes."""
-    module, settings, _ = scripts(files)["sft"]
-    folder_of(files, out)
+def kill_one_of_two(files, out):
+    """Kill one of two processes in the middle of SFT -> the exit codes of both."""
+    script = scripts(files)["sft"]
+    run_folder(files, out)
 
     def train():
-        gpt.join("cpu")
-        module.main(module.Config(**settings | dict(epochs=1000), out=str(out), device="cpu"))
+        init_distributed("cpu")
+        settings = script.settings | dict(epochs=1000)
+        sft.main(sft.Config(**settings, out=str(out), device="cpu"))
 
-    first, second = team(train, 2, out / "output.txt")
+    first, second = fork_ranks(train, 2, out / "output.txt")
     wait_for_rows(first, out / "sft.jsonl", 4)
     os.kill(second, signal.SIGKILL)
     return [wait(first), wait(second)]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a new one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("what", choices=("kills", "ranks"))
-    parser.add_argument("names", nargs="*", help="of scripts; none: all")
+    parser.add_argument("names", nargs="*", help="of scripts; default: all")
     args = parser.parse_args()
-    root, report = args.folder, dict(kills=kills, ranks=ranks)[args.what](args.folder, args.names)
-    (root / "report.json").write_text(json.dumps(report, indent=1))
-    print(json.dumps(report, indent=1))
+    report = {"kills": kills, "ranks": ranks}[args.what](args.folder, args.names)
+    text = json.dumps(report, indent=1)
+    (args.folder / "report.json").write_text(text)
+    print(text)

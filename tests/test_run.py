@@ -1,8 +1,14 @@
-"""A run survives a kill, a damaged file, a full disk and a second process, and stops at a NaN. The scripts themselves: test_processes.py."""
+"""Tests of scaffold/run.py: a run survives a kill, a damaged file, a full disk; it stops at a NaN.
+
+The training scripts themselves are killed in test_processes.py.
+"""
+
 import importlib
+import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,31 +21,139 @@ import torch
 import torch.nn as nn
 
 import gpt
-import run as training
-from gpt import UserError
-from run import Run
+from scaffold.cli import UserError, start
+from scaffold.run import (
+    Diverged,
+    Run,
+    digest,
+    ensure_stage,
+    load_checkpoint,
+    log_metrics,
+    save_checkpoint,
+    set_seed,
+    take_step,
+    unlock,
+)
+from tiny import ENC, ROOT, read_jsonl
 
-HERE = Path(__file__).parent
+# Checkpoints
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    path = tmp_path / "new" / "c.pt"
+    state = dict(a=torch.randn(3), b=[1, "two", None, {"c": (4, 5.0)}])
+    save_checkpoint(path, **state)
+    back = load_checkpoint(path)
+    assert torch.equal(back["a"], state["a"])
+    assert back["b"] == state["b"]
+    assert [p.name for p in path.parent.iterdir()] == ["c.pt"]
+
+
+def test_a_write_that_fails_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, a=1)
+    old = path.read_bytes()
+
+    def full_disk(state, f):
+        (f if hasattr(f, "write") else open(f, "wb")).write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    for file in (path, tmp_path / "first.pt"):
+        with pytest.raises(OSError):
+            save_checkpoint(file, a=2)
+    assert path.read_bytes() == old
+    assert not (tmp_path / "first.pt").exists()
+
+
+class Malice:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    torch.save({"model": Malice(str(tmp_path / "hacked"))}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="c.pt"):
+        load_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, a=torch.randn(999))
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:100], whole[:-1], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="c.pt"):
+            load_checkpoint(path)
+    with pytest.raises(UserError, match="gone.pt"):
+        load_checkpoint(tmp_path / "gone.pt")
+
+
+def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    path = tmp_path / "a.pt"
+    weight = torch.arange(64.0)
+    save_checkpoint(path, weight=weight)
+    raw = path.read_bytes()
+    begin = raw.index(weight.numpy().tobytes())
+    for bit in range(0, 8 * 256, 37):
+        broken = bytearray(raw)
+        broken[begin + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="not a readable checkpoint"):
+            load_checkpoint(path)
+
+
+def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log_metrics(path, step=0)
+    log_metrics(path, step=1, loss=2.5)
+    assert read_jsonl(path) == [{"step": 0}, {"step": 1, "loss": 2.5}]
+    log_metrics(path, fresh=True, step=9)
+    assert read_jsonl(path) == [{"step": 9}]
+
+
+def test_the_seed_decides_the_numbers_of_all_generators():
+    def draw(seed):
+        set_seed(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    one, again, other = draw(1), draw(1), draw(2)
+    assert one == again
+    assert all(a != b for a, b in zip(one, other))
 
 
 # A small run in this process
 
+
 class Killed(BaseException):
-    """Nobody catches it, as nobody catches SIGKILL."""
+    """No code catches it, as no code catches SIGKILL."""
 
 
-def small(out, kill_at=None, n=20, lr=1e-2, resume=False, save_every=4, poison=None):
-    """A run with everything in it that has a state. -> its weights, its log."""
-    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+def small(out, kill_at=None, n=20, lr=1e-2, resume=False, save_every=4, nan_at=None):
+    """Train with one of everything that has a state -> weights, log as a string."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
-    optimizer, rng, counts, seen = torch.optim.AdamW(model.parameters()), random.Random(0), {}, []
-    run = Run(SimpleNamespace(out=str(out), save_every=save_every, resume=resume, lr=lr), "small", model=model, optimizer=optimizer, rng=rng,
-              counts=counts, seen=seen)
+    optimizer = torch.optim.AdamW(model.parameters())
+    rng = random.Random(0)
+    counts = {}
+    seen = []
+    cfg = SimpleNamespace(out=str(out), save_every=save_every, resume=resume, lr=lr)
+    parts = dict(model=model, optimizer=optimizer, rng=rng, counts=counts, seen=seen)
+    run = Run(cfg, "small", **parts)
     for step in run.steps(n):
         noise = rng.random() + random.random() + np.random.rand() + np.random.randn()
-        x = torch.randn(8, 4) + noise
-        loss = model(x).square().mean() * (math.nan if step == poison else 1)
-        norm = run.take_step(loss, optimizer, model, lr, f"the batch of noise {noise:.3f}")
+        loss = model(torch.randn(8, 4) + noise).square().mean()
+        if step == nan_at:
+            loss = loss * math.nan
+        norm = run.take_step(loss, optimizer, model, lr, [step, step + 1])
         counts[f"{step % 3}"] = counts.get(f"{step % 3}", 0) + 1
         seen.append(noise)
         run.log(step=step, loss=loss.item(), grad_norm=norm, counts=dict(counts), seen=len(seen))
@@ -47,59 +161,71 @@ def small(out, kill_at=None, n=20, lr=1e-2, resume=False, save_every=4, poison=N
             raise Killed
     torch.save(model.state_dict(), Path(out) / "small.pt")
     run.finish()
-    return {k: v.clone() for k, v in model.state_dict().items()}, (Path(out) / "small.jsonl").read_text()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    return weights, (Path(out) / "small.jsonl").read_text()
 
 
 def killed(out, at, **settings):
+    """Run `small` and kill it after a step."""
     with pytest.raises(Killed):
         small(out, kill_at=at, **settings)
-    training.unlock(Path(out))   # a dead process holds no lock
+    unlock(Path(out))  # a dead process holds no lock
 
 
 def same(a, b):
+    """Do two runs have the same log and, bit for bit, the same weights?"""
     return a[1] == b[1] and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+def contents(folder):
+    """Return {name: bytes} of the files in a folder."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The run that was never killed."""
     return small(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("at", range(20))
-def test_killed_at_any_step(whole, tmp_path, at):
+def test_a_run_killed_at_any_step_resumes_as_the_same_run(whole, tmp_path, at):
     killed(tmp_path, at)
     assert same(small(tmp_path, resume=True), whole)
 
 
-def test_killed_again_and_again_with_another_rhythm_of_saving(whole, tmp_path):
+def test_a_run_may_be_killed_often_and_save_at_another_interval(whole, tmp_path):
     killed(tmp_path, 3, save_every=2)
     for at, every in ((6, 3), (6, 1), (13, 5), (18, 7)):
         killed(tmp_path, at, save_every=every, resume=True)
     assert same(small(tmp_path, resume=True), whole)
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "rng", "counts", "seen", "torch", "numpy", "python"])
+STATE = ["model", "optimizer", "rng", "counts", "seen", "torch", "numpy", "python"]
+
+
+@pytest.mark.parametrize("part", STATE)
 def test_every_part_of_the_state_matters(whole, tmp_path, part):
-    """Without it the run would be another one: so the tests above could fail."""
+    """Without it the run would be another one. So the tests above can fail."""
     killed(tmp_path, 9)
-    state = training.load_checkpoint(tmp_path / "small.state")
-    fresh = tmp_path / "fresh"
-    killed(fresh, 0)
-    start = training.load_checkpoint(fresh / "small.state")
+    state = load_checkpoint(tmp_path / "small.state")
+    killed(tmp_path / "fresh", 0)
+    first = load_checkpoint(tmp_path / "fresh" / "small.state")
     where = "random" if part in ("torch", "numpy", "python") else "parts"
-    state[where][part] = start[where][part]
-    training.save_checkpoint(tmp_path / "small.state", **state)
+    state[where][part] = first[where][part]
+    save_checkpoint(tmp_path / "small.state", **state)
     assert not same(small(tmp_path, resume=True), whole)
 
 
 def damage(path, how):
+    """Damage a file; a number flips one bit at that percentage of its length."""
     raw = bytearray(path.read_bytes())
     if how == "gone":
         path.unlink()
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "half":
-        path.write_bytes(raw[:len(raw) // 2])
+        path.write_bytes(raw[: len(raw) // 2])
     elif how == "other":
         torch.save({"model": 1}, path)
     else:
@@ -107,58 +233,75 @@ def damage(path, how):
         path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("how", ["gone", "empty", "half", "other", 20, 40, 60, 80])
-def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, capsys, how):
-    """A kill between the two renames leaves the older one alone ('gone'); a bit that flips on the disk shows in a checksum."""
+@pytest.mark.parametrize("how", ["empty", "half", "other", "gone", 20, 40, 60, 80])
+def test_a_damaged_state_is_replaced_by_the_one_before(whole, tmp_path, capsys, how):
+    """A kill between the two renames leaves only the older state ("gone").
+
+    A flipped bit shows in a checksum.
+    """
     killed(tmp_path, 14)
     damage(tmp_path / "small.state", how)
     assert same(small(tmp_path, resume=True), whole)
     shown = capsys.readouterr()
     if isinstance(how, int) and "at step 12 of 20" in shown.out:
-        return                                                 # a bit between the records: nothing is lost
-    assert "at step 8 of 20" in shown.out and (how == "gone" or "warning" in shown.err and "small.state" in shown.err)
+        return  # the bit was between the records of the file: nothing is lost
+    assert "at step 8 of 20" in shown.out
+    if how != "gone":
+        assert "warning" in shown.err
+        assert "small.state" in shown.err
 
 
-def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path):
-    path, weight = tmp_path / "a.pt", torch.arange(64.0)
-    gpt.save_checkpoint(path, weight=weight)
-    raw = path.read_bytes()
-    start = raw.index(weight.numpy().tobytes())
-    for bit in range(0, 8 * 256, 37):
-        broken = bytearray(raw)
-        broken[start + bit // 8] ^= 1 << bit % 8
-        path.write_bytes(broken)
-        with pytest.raises(UserError, match="not a readable checkpoint"):
-            gpt.load_checkpoint(path)
-
-
-def test_two_damaged_states_are_an_error_and_stay(tmp_path):
+def test_two_damaged_states_are_an_error_and_are_kept(tmp_path):
     killed(tmp_path, 14)
     for name in ("small.state", "small.state.old"):
         damage(tmp_path / name, "half")
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(UserError, match="neither"):
         small(tmp_path, resume=True)
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert before == contents(tmp_path)
 
 
-def test_what_cannot_be_resumed_is_said(tmp_path, capsys):
-    small(tmp_path / "new", resume=True)
-    assert "nothing to resume" in capsys.readouterr().out      # it starts from the beginning
-    with pytest.raises(UserError, match="is finished"):
-        small(tmp_path / "new", resume=True)
-    killed(tmp_path, 9)
-    for settings, words in ((dict(lr=1e-3), "--lr 0.01, not 0.001"), (dict(n=21), "21 steps now and made 20")):
-        with pytest.raises(UserError, match=words):
-            small(tmp_path, resume=True, **settings)
-        training.unlock(tmp_path)
+def test_a_damaged_state_never_replaces_a_good_one(whole, tmp_path):
+    killed(tmp_path, 14)
+    damage(tmp_path / "small.state", "half")
+    killed(tmp_path, 12, resume=True)  # resumes at 8 and saves at 12
+    damage(tmp_path / "small.state", "gone")  # as if killed between the two renames
+    assert same(small(tmp_path, resume=True), whole)
+
+
+def test_resume_without_a_state_starts_from_the_beginning(tmp_path, capsys):
+    small(tmp_path, resume=True)
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_finished_run_cannot_be_resumed(tmp_path):
     small(tmp_path)
-    assert "discarded now" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is finished"):
+        small(tmp_path, resume=True)
+
+
+OTHER_RUNS = {  # settings -> what the error must contain
+    "lr": (dict(lr=1e-3), "--lr 0.01, not 0.001"),
+    "steps": (dict(n=21), "gives 21 steps, the saved run had 20"),
+}
+
+
+@pytest.mark.parametrize("settings, words", OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_a_run_cannot_be_resumed_with_other_settings(tmp_path, settings, words):
+    killed(tmp_path, 9)
+    with pytest.raises(UserError, match=words):
+        small(tmp_path, resume=True, **settings)
+
+
+def test_a_new_run_reports_that_it_discards_an_unfinished_one(tmp_path, capsys):
+    killed(tmp_path, 9)
+    small(tmp_path)
+    assert "discarding" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_run_begun_anew_keeps_nothing_of_the_one_before(whole, tmp_path, at):
-    """Neither its log, if the new one is killed before it saves a second time, nor its states, which would come back."""
+def test_a_new_run_keeps_nothing_of_the_one_before(whole, tmp_path, at):
+    """Neither its log, even if the new one is killed before it saves again, nor its states."""
     small(tmp_path)
     killed(tmp_path, 14, lr=1e-3)
     killed(tmp_path, at)
@@ -169,203 +312,281 @@ def test_a_run_begun_anew_keeps_nothing_of_the_one_before(whole, tmp_path, at):
     assert not list(tmp_path.glob("*.state*"))
 
 
-def test_a_damaged_state_never_takes_the_place_of_a_good_one(whole, tmp_path):
-    killed(tmp_path, 14)
-    damage(tmp_path / "small.state", "half")
-    killed(tmp_path, 12, resume=True)                          # it goes on at 8 and saves at 12
-    damage(tmp_path / "small.state", "gone")                   # as if it was killed between the two renames
-    assert same(small(tmp_path, resume=True), whole)
+def change(data):
+    (data / "a.txt").write_text("A.txt")
 
 
-def test_files_that_changed_are_another_run(tmp_path):
-    data, cfg = tmp_path / "data", SimpleNamespace(out=str(tmp_path / "out"), save_every=1, resume=False)
-    data.mkdir()
-    for name in ("a.txt", "b.txt"):
-        (data / name).write_text(name)
+def rename(data):
+    (data / "a.txt").rename(data / "c.txt")
 
-    def go(resume):
+
+def delete(data):
+    (data / "b.txt").unlink()
+
+
+@pytest.mark.parametrize("edit", [change, rename, delete])
+def test_a_run_cannot_be_resumed_with_other_files(tmp_path, edit):
+    """It can again when the files are what they were."""
+    data = tmp_path / "data"
+    cfg = SimpleNamespace(out=str(tmp_path / "out"), save_every=1, resume=False)
+
+    def write_data():
+        data.mkdir(exist_ok=True)
+        for path in data.iterdir():
+            path.unlink()
+        for name in ("a.txt", "b.txt"):
+            (data / name).write_text(name)
+
+    def train(resume):
         cfg.resume = resume
         run = Run(cfg, "small", [data], seen=[])
         for step in run.steps(5):
             if step == 3 and not resume:
                 break
-        training.unlock(tmp_path / "out")
-    go(False)
-    for change in (lambda: (data / "a.txt").write_text("A.txt"), lambda: (data / "a.txt").rename(data / "c.txt"), lambda: (data / "b.txt").unlink()):
-        change()
-        with pytest.raises(UserError, match="is not what it was"):
-            go(True)
-        training.unlock(tmp_path / "out")
-    for name in ("a.txt", "b.txt"):
-        (data / name).write_text(name)
-    (data / "c.txt").unlink(missing_ok=True)
-    go(True)
+        unlock(tmp_path / "out")
+
+    write_data()
+    train(resume=False)
+    edit(data)
+    with pytest.raises(UserError, match="has changed since it started"):
+        train(resume=True)
+    unlock(tmp_path / "out")
+    write_data()
+    train(resume=True)
 
 
-def test_a_path_that_is_not_given_is_no_file(tmp_path):
+def test_the_digest_leaves_out_empty_paths(tmp_path):
     (tmp_path / "a").write_text("a")
-    assert training.digest(["", tmp_path / "a", ""]) == training.digest([tmp_path / "a"]) != training.digest([""])
+    assert digest(["", tmp_path / "a", ""]) == digest([tmp_path / "a"])
+    assert digest([tmp_path / "a"]) != digest([""])
 
 
-def test_ctrl_c_in_the_last_step_lets_it_end(tmp_path):
+def test_ctrl_c_in_the_last_step_lets_the_run_finish(tmp_path):
     run = Run(SimpleNamespace(out=str(tmp_path), save_every=0, resume=False), "small")
     for step in run.steps(3):
         run.stop = step == 2
     run.finish()
 
 
-def test_a_run_that_saves_nothing_leaves_nothing(tmp_path):
+def test_save_every_0_leaves_no_state(tmp_path):
     killed(tmp_path, 9, save_every=0)
     assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl"}
 
 
+FULL_DISK = """
+import resource
+from scaffold import run
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+run.save_checkpoint({path!r}, {older!r}, model=list(range(9999)))
+"""
+
+
 @pytest.mark.parametrize("room", [0, 1, 1000, 6000])
 def test_a_full_disk_loses_neither_state(whole, tmp_path, room):
-    """Files of more than `room` bytes cannot be written any more, from some step on: both states stay, and serve afterwards."""
+    """A process that can write no file of more than `room` bytes tries to save."""
     killed(tmp_path, 9)
-    before = {name: (tmp_path / name).read_bytes() for name in ("small.state", "small.state.old")}
-    call = f"import os, resource, run; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); run.save_checkpoint({str(tmp_path / 'small.state')!r}, " \
-           f"{str(tmp_path / 'small.state.old')!r}, model=list(range(9999)))"
-    done = subprocess.run([sys.executable, "-c", call], cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 1 and "OSError" in done.stderr.splitlines()[-1], done.stderr
-    assert before == {name: (tmp_path / name).read_bytes() for name in before} and not list(tmp_path.glob("*.part"))
+    newest = tmp_path / "small.state"
+    older = tmp_path / "small.state.old"
+    before = newest.read_bytes(), older.read_bytes()
+    code = FULL_DISK.format(room=room, path=str(newest), older=str(older))
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "OSError" in done.stderr.splitlines()[-1], done.stderr
+    assert before == (newest.read_bytes(), older.read_bytes())
+    assert not list(tmp_path.glob("*.part"))
     assert same(small(tmp_path, resume=True), whole)
 
 
+# Locks and signals
+
+
+HOLD_LOCK = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_a_second_process_is_refused(whole, tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, os, sys; f = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX); "
-                               "print('locked', flush=True); sys.stdin.read()", tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """It writes nothing. A process that was killed holds no lock."""
+    call = [sys.executable, "-c", HOLD_LOCK, tmp_path]
+    holder = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"locked\n"
     with pytest.raises(UserError, match="another process is training there"):
         small(tmp_path)
-    assert not list(tmp_path.iterdir())                        # and it leaves the other one's files alone
+    assert not list(tmp_path.iterdir())
     holder.kill()
     holder.wait()
-    assert same(small(tmp_path), whole)                        # a killed process holds nothing
+    assert same(small(tmp_path), whole)
 
 
-def test_two_real_runs_in_one_folder(tmp_path):
-    (tmp_path / "text.txt").write_text("the miller has a dog\n" * 400)
-    call = [sys.executable, HERE.parent / "gpt.py", *f"--data {tmp_path / 'text.txt'} --out {tmp_path / 'out'} --steps 100000 --device cpu --block-size 32".split()]
+def test_a_second_script_in_the_same_folder_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    out = tmp_path / "out"
+    text.write_text("the miller has a dog\n" * 400)
+    flags = f"--data {text} --out {out} --steps 100000 --device cpu --block-size 32"
+    call = [sys.executable, ROOT / "gpt.py", *flags.split()]
     first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "out" / "gpt.jsonl").exists():
+        while not (out / "gpt.jsonl").exists():
             assert first.poll() is None
         done = subprocess.run(call, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and "another process is training there" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2
+        assert "another process is training there" in done.stderr
+        assert "Traceback" not in done.stderr
     finally:
         first.kill()
         first.wait()
 
 
-def test_ctrl_c_ends_after_the_step_and_saves_it(whole, tmp_path, monkeypatch):
+def test_ctrl_c_ends_the_run_after_the_step_and_saves_it(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        torch.manual_seed(0)
-        run = Run(SimpleNamespace(out=str(tmp_path), save_every=0, resume=False), "small", counts=(counts := {}))
+        counts = {}
+        cfg = SimpleNamespace(out=str(tmp_path), save_every=0, resume=False)
+        run = Run(cfg, "small", counts=counts)
         with pytest.raises(KeyboardInterrupt):
             for step in run.steps(9):
                 if step == 5:
                     os.kill(os.getpid(), signal.SIGINT)
                 counts[str(step)] = "whole"
-        assert training.load_checkpoint(tmp_path / "small.state")["step"] == 6 == len(counts)
+        assert load_checkpoint(tmp_path / "small.state")["step"] == 6
+        assert len(counts) == 6
         run.stop = True
         with pytest.raises(KeyboardInterrupt):
-            run.interrupt()                                    # the second one does not wait
+            run.interrupt()  # a second Ctrl-C does not wait
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-# A NaN
+# Steps of the optimizer
 
-def test_a_nan_names_step_batch_and_checkpoint_and_spoils_no_weight(whole, tmp_path):
-    with pytest.raises(training.Diverged, match=r"small, step 10, batch: the batch of noise .*; last good checkpoint: .*small.state, of step 8: loss nan") as e:
-        small(tmp_path, poison=10)
-    assert isinstance(e.value, UserError) and "\n" not in str(e.value) and "--lr" in str(e.value)
-    training.unlock(tmp_path)
-    assert same(small(tmp_path, resume=True), whole)           # what is saved is the last good state, indeed
+
+def test_take_step_clips_sets_the_rate_and_clears_old_gradients():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=99.0)
+    begin = layer.weight.item()
+    for i in range(1, 3):  # gradients that add up would move it further
+        loss = 30 * layer(torch.ones(1, 1)).sum()
+        assert take_step(loss, optimizer, layer, lr=0.5) == pytest.approx(30)
+        assert layer.weight.item() == pytest.approx(begin - 0.5 * i, abs=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_no_weight_changes_where_there_is_no_number(bad, where):
+def test_a_step_with_nan_or_inf_changes_no_weight(bad, where):
     weight = nn.Parameter(torch.ones(3))
     model = nn.Module()
     model.weight = weight
+    loss = weight.sum()
     if where == "gradient":
         weight.register_hook(lambda g: g * bad)
-    with pytest.raises(training.Diverged):
-        training.take_step(weight.sum() if where == "gradient" else weight.sum() * 0 + bad, torch.optim.AdamW([weight]), model, 0.1)
+    else:
+        loss = loss * 0 + bad
+    with pytest.raises(Diverged):
+        take_step(loss, torch.optim.AdamW([weight]), model, 0.1)
     assert torch.equal(weight, torch.ones(3))
 
 
-def test_a_real_script_stops_at_a_nan(tmp_path, monkeypatch, capsys):
+def test_a_nan_names_step_batch_and_checkpoint(whole, tmp_path):
+    """The checkpoint it names is the last good state: resuming there gives the whole run."""
+    where = r"small, step 10: loss nan.*; batch \[10, 11\]"
+    good = r"last good checkpoint: .*small\.state, of step 8"
+    with pytest.raises(Diverged, match=f"{where}; {good}") as e:
+        small(tmp_path, nan_at=10)
+    assert isinstance(e.value, UserError)
+    assert "\n" not in str(e.value)
+    assert "--lr" in str(e.value)
+    unlock(tmp_path)
+    assert same(small(tmp_path, resume=True), whole)
+
+
+def test_a_script_stops_at_an_infinite_loss(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
+    out = tmp_path / "out"
     text.write_text("the miller has a dog\n" * 400)
-    loss, calls = gpt.lm_loss, []
-    monkeypatch.setattr(gpt, "lm_loss", lambda *args: calls.append(1) or loss(*args) * (math.inf if len(calls) == 6 else 1))
-    monkeypatch.setattr(sys, "argv", ["gpt.py", *f"--data {text} --out {tmp_path / 'out'} --steps 9 --save-every 2 --n-layer 1 --n-embd 16 --block-size 32 --device cpu".split()])
+    loss = gpt.lm_loss
+    calls = []
+
+    def sixth_is_infinite(*args):
+        calls.append(args)
+        factor = math.inf if len(calls) == 6 else 1
+        return loss(*args) * factor
+
+    monkeypatch.setattr(gpt, "lm_loss", sixth_is_infinite)
+    sizes = "--n-layer 1 --n-embd 16 --block-size 32"
+    flags = f"--data {text} --out {out} --steps 9 --save-every 2 {sizes} --device cpu"
+    monkeypatch.setattr(sys, "argv", ["gpt.py", *flags.split()])
     with pytest.raises(SystemExit) as e:
-        gpt.run(gpt.main, gpt.Config, "")
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "last good" in x]
-    assert e.value.code == 2 and "step 5" in line and "miller" in line and "gpt.state, of step 4" in line and not (tmp_path / "out" / "gpt.pt").exists()
+        start(gpt.main, gpt.Config, "")
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "last good" in x]
+    assert e.value.code == 2
+    assert "step 5" in line
+    ids = json.loads(re.search(r"batch (\[.*?\])", line)[1])
+    assert "miller" in ENC.decode(ids)
+    assert "gpt.state, of step 4" in line
+    assert not (out / "gpt.pt").exists()
 
 
-# Several processes, without the processes
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
-def test_shares_make_the_whole_and_fair_means_make_the_mean(monkeypatch, world, n):
-    """Every row is in one share (where there are enough), and the average of the fair means is the mean over all terms."""
-    terms = [torch.arange(1.0, 2 + i) ** 2 for i in range(n)]   # row i has i + 1 terms
-    monkeypatch.setattr(training, "world", lambda: world)
-    shares, parts = [], []
-    for r in range(world):
-        monkeypatch.setattr(training, "rank", lambda: r)
-        shares.append(training.share(list(range(n))))
-    if n >= world:
-        assert sorted(i for s in shares for i in s) == list(range(n)) and all(shares)
-    counts = [sum(len(terms[i]) for i in s) for s in shares]
-    monkeypatch.setattr(training.dist, "all_reduce", lambda t: t.fill_(float(sum(counts))))
-    for s, count in zip(shares, counts):
-        parts.append(training.fair(torch.cat([terms[i] for i in s]).mean(), count))
-    torch.testing.assert_close(sum(parts) / world, torch.cat(terms).mean())
+# The chain of stages
 
 
-def test_answers_come_back_in_the_order_of_the_prompts(monkeypatch):
-    answers = [[1], [2, 2], [], [4, 4, 4], [5], [6]]
-    monkeypatch.setattr(training, "world", lambda: 3)
-    shares = []
-    for r in range(3):
-        monkeypatch.setattr(training, "rank", lambda: r)
-        shares.append(training.share(answers))
-
-    def gather(parts, mine):
-        for part, s in zip(parts, shares):
-            part.fill_(-1)
-            for i, row in enumerate(s):
-                part[i, :len(row)] = torch.tensor(row)
-    monkeypatch.setattr(training.dist, "all_gather", gather)
-    assert training.gathered(shares[0], 3) == answers
+CHAIN = [  # stage, the one before
+    ("sft", "gpt"),
+    ("reward", "sft"),
+    ("dpo", "sft"),
+    ("ppo", "reward"),
+    ("self_reward", "gpt"),
+]
 
 
-def test_the_demonstration(capsys):
-    """python run.py, as README shows it."""
-    training.main()
-    shown = capsys.readouterr().out
-    assert shown.count("killed at step") == 3 and shown.count("True") == 2
-
-
-@pytest.mark.parametrize("stage, before", [("sft", "gpt"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "reward"), ("self_reward", "gpt"), ("tools", "gpt")])
-def test_a_stage_does_not_throw_away_a_stopped_run_of_the_one_before(tmp_path, stage, before):
-    """It may be hours of a user's own pretraining, with settings that only they know."""
+@pytest.mark.parametrize("stage, before", [*CHAIN, ("lab.tool_use", "gpt")])
+def test_a_stage_does_not_discard_an_unfinished_run_of_the_one_before(tmp_path, stage, before):
+    """It may be hours of pretraining, with settings that only the user knows."""
     state = tmp_path / f"{before}.state"
     state.write_bytes(b"hours of work")
     stage = importlib.import_module(stage)
-    with pytest.raises(UserError, match=f"{before}.state: a run was stopped there; go on with --resume"):
+    words = f"{before}.state: a run stopped here; continue it with --resume"
+    with pytest.raises(UserError, match=words):
         stage.main(stage.Config(out=str(tmp_path), device="cpu"))
-    assert state.read_bytes() == b"hours of work" and list(tmp_path.iterdir()) == [state]
+    assert state.read_bytes() == b"hours of work"
+    assert list(tmp_path.iterdir()) == [state]
+
+
+class Stage:
+    """Stands for the module of a stage."""
+
+    __name__ = "stage"
+    Config = SimpleNamespace
+
+    def __init__(self):
+        self.configs = []
+
+    def main(self, cfg):
+        self.configs.append(cfg)
+
+
+def test_ensure_stage_runs_only_a_missing_stage(tmp_path, capsys):
+    stage = Stage()
+    cfg = SimpleNamespace(seed=3, device="cpu", resume=True, lr=1.0)
+    path = tmp_path / "stage.pt"
+    ensure_stage(path, stage, cfg, steps=7)
+    want = dict(out=str(tmp_path), seed=3, device="cpu", resume=True, steps=7)
+    assert [vars(c) for c in stage.configs] == [want]
+    assert f"{path} is missing: running stage.py first" in capsys.readouterr().out
+    path.touch()
+    ensure_stage(path, stage, cfg)
+    assert len(stage.configs) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_ensure_stage_takes_a_script_without_resume(tmp_path):
+    stage = Stage()
+    ensure_stage(tmp_path / "stage.pt", stage, SimpleNamespace(seed=0, device="cpu"))
+    assert stage.configs[0].resume is False
 
 
 class Called(Exception):
@@ -373,16 +594,22 @@ class Called(Exception):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("stage, before", [("sft", "gpt"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "reward"), ("self_reward", "gpt")])
-def test_resume_goes_down_the_chain(tmp_path, monkeypatch, stage, before, resume):
-    """A kill may have come in any stage: the missing one is told to go on, too, with the same folder, seed and device."""
-    asked = []
+@pytest.mark.parametrize("stage, before", CHAIN)
+def test_resume_is_passed_down_the_chain(tmp_path, monkeypatch, stage, before, resume):
+    """Any stage may have been killed: the missing one resumes too, with the same settings."""
+    configs = []
 
     def called(cfg):
-        asked.append(cfg)
+        configs.append(cfg)
         raise Called
-    stage, before = importlib.import_module(stage), importlib.import_module(before)
-    monkeypatch.setattr(before, "main", called)
+
+    stage = importlib.import_module(stage)
+    monkeypatch.setattr(importlib.import_module(before), "main", called)
+    out = str(tmp_path / "out")
     with pytest.raises(Called):
-        stage.main(stage.Config(out=str(tmp_path / "out"), seed=3, device="cpu", resume=resume))
-    assert (asked[0].resume, asked[0].out, asked[0].seed, asked[0].device) == (resume, str(tmp_path / "out"), 3, "cpu")
+        stage.main(stage.Config(out=out, seed=3, device="cpu", resume=resume))
+    [cfg] = configs
+    assert cfg.resume == resume
+    assert cfg.out == out
+    assert cfg.seed == 3
+    assert cfg.device == "cpu"

@@ -1,0 +1,293 @@
+"""Tests of data/text.py: documents, train and validation parts, the mixture, packing."""
+
+import random
+
+import pytest
+import torch
+
+from data.text import (
+    Source,
+    batches,
+    document_odds,
+    draw_documents,
+    pack,
+    read_corpus,
+    split_documents,
+    windows,
+    write_text,
+)
+from scaffold.cli import UserError
+from tiny import (
+    END,
+    ENC,
+    SPECIAL,
+    assert_close,
+    random_documents,
+    random_ids,
+    write_documents,
+)
+
+
+def ids_of(documents):
+    """Tokenize documents, each with its end token, into one list of ids."""
+    return [i for d in documents for i in ENC.encode_ordinary(d) + [END]]
+
+
+# Reading
+
+
+LENGTHS = {
+    "short": [1, 2, 3, 4] * 8,
+    "one": [60],
+    "a long one last": [1] * 50 + [40],
+    "a long one first": [40] + [1] * 50,
+}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_token_is_used_once_and_the_tail_is_for_validation(tmp_path, fraction, lengths):
+    documents = random_documents(lengths)
+    path = write_documents(tmp_path / "a.txt", documents)
+    source = read_corpus(path, ENC, 16, fraction)["a"]
+    total = len(ids_of(documents))
+    n_val = sum(map(len, source.val))
+    assert torch.cat(source.train + source.val).tolist() == ids_of(documents)
+    assert n_val == pytest.approx(fraction * total, abs=2)
+    assert source.weight == total - n_val
+    # At most one document is cut, where the two parts meet; all others are whole.
+    parts = [d.tolist() for d in source.train + source.val]
+    if len(parts) > len(documents):
+        border = len(source.train)
+        parts[border - 1 : border + 1] = [parts[border - 1] + parts[border]]
+    assert parts == [ids_of([d]) for d in documents]
+
+
+def test_a_text_cannot_spell_a_special_token(tmp_path):
+    string = "He wrote <|end|> and <|assistant|> on the wall <|end|>\n" * 20
+    path = write_documents(tmp_path / "a.txt", [string])
+    source = read_corpus(path, ENC, 16, 0.2)["a"]
+    ids = torch.cat(source.train + source.val).tolist()
+    assert [i for i in ids if i in SPECIAL.values()] == [END]
+    assert ENC.decode(ids) == string + "<|end|>"
+
+
+SEPARATORS = {
+    "Windows": ("<|end|>\r\n", ""),
+    "at the end of the file": ("<|end|>\n", "<|end|>"),
+    "at the end, with a newline": ("<|end|>\n", "<|end|>\n"),
+}
+
+
+@pytest.mark.parametrize("separator, last", SEPARATORS.values(), ids=SEPARATORS)
+def test_no_separator_stays_in_the_text(tmp_path, separator, last):
+    """A model that reads one as letters would learn to spell its end token."""
+    documents = random_documents([3] * 20)
+    path = tmp_path / "a.txt"
+    path.write_bytes((separator.join(documents) + last).encode())
+    source = read_corpus(path, ENC, 16, 0.2)["a"]
+    assert torch.cat(source.train + source.val).tolist() == ids_of(documents)
+
+
+def test_sources_and_their_weights(tmp_path):
+    for name, n in (("a", 30), ("b", 60), ("c", 20)):
+        write_documents(tmp_path / f"{name}.txt", random_documents([n]))
+    (tmp_path / "notes.md").write_text("never read")
+
+    def weights(mixture=""):
+        sources = read_corpus(tmp_path, ENC, 16, 0.2, mixture)
+        return {name: source.weight for name, source in sources.items()}
+
+    by_size = weights()
+    assert set(by_size) == {"a", "b", "c"}
+    assert by_size["b"] == pytest.approx(2 * by_size["a"], rel=0.1)
+    assert weights("a=2, b=.5") == {"a": 2, "b": 0.5, "c": 0}
+    (tmp_path / "mixture.json").write_text('{"c": 3, "a": 1}')
+    assert weights() == {"a": 1, "b": 0, "c": 3}
+    assert weights("b=1") == {"a": 0, "b": 1, "c": 0}  # the flag outranks the file
+
+
+def test_two_files_of_one_name_in_two_folders_are_both_read(tmp_path):
+    documents = random_documents([20, 20])
+    for folder, document in zip("xy", documents):
+        write_documents(tmp_path / folder / "book.txt", [document])
+    sources = read_corpus(tmp_path, ENC, 16, 0.2)
+    n = sum(len(d) for s in sources.values() for d in s.train + s.val)
+    assert n == len(ids_of(documents))
+
+
+BAD_CORPORA = {  # file, mixture -> what the error must contain
+    ("gone.txt", ""): ["gone.txt"],
+    ("empty.txt", ""): ["empty.txt", "0 tokens"],
+    ("no_txt", ""): ["no_txt", "*.txt"],
+    ("short.txt", ""): ["short.txt", "--block-size"],
+    ("latin.txt", ""): ["latin.txt", "byte 9", "iconv"],
+    ("good", "b=1"): ["'b'", "'a'"],
+    ("good", "a"): ["--mixture", "name=weight"],
+    ("good", "a=much"): ["--mixture", "a=much"],
+    ("good", "a=0"): ["a=0"],
+    ("good", "a=-1"): ["a=-1"],
+    ("bad_mixture", ""): ["mixture.json"],
+}
+
+
+@pytest.mark.parametrize("file, mixture", BAD_CORPORA)
+def test_a_bad_corpus_is_named(tmp_path, file, mixture):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "no_txt").mkdir()
+    (tmp_path / "no_txt" / "page.html").write_text("page")
+    (tmp_path / "short.txt").write_text("A few words.")
+    # The first bad byte comes after 8 characters but 9 bytes.
+    (tmp_path / "latin.txt").write_bytes("aber \u00e9 !".encode() + b"\xe9t\xe9")
+    for folder in ("good", "bad_mixture"):
+        write_documents(tmp_path / folder / "a.txt", random_documents([30]))
+    (tmp_path / "bad_mixture" / "mixture.json").write_text("a: 1")
+    with pytest.raises(UserError) as e:
+        read_corpus(tmp_path / file, ENC, 16, 0.2, mixture)
+    assert "\n" not in str(e.value)
+    for part in BAD_CORPORA[file, mixture]:
+        assert part in str(e.value), e.value
+
+
+@pytest.mark.parametrize("separator", ["<|end|>\n", "<|end|>\r\n"], ids=["Unix", "Windows"])
+def test_documents_are_cut_at_the_lines_that_are_just_an_end_token(separator):
+    text = separator.join(["one\n", "two <|end|>\n<|end|> three\n", " \n", "four\n"])
+    assert split_documents(text) == ["one\n", "two <|end|>\n<|end|> three\n", "four\n"]
+
+
+def test_write_text_makes_folders_and_keeps_line_ends(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "苹果\nb\r\n")
+    assert path.read_bytes() == "苹果\nb\r\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_write_that_fails_keeps_the_old_text(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half an emoji: \ud83d")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+# Drawing
+
+
+def draw(sources, n=150_000, T=32):
+    """Draw documents of n tokens -> {source: share of the tokens}, documents."""
+    rng = random.Random(0)
+    documents, drawn = draw_documents(sources, document_odds(sources, T), n, T, rng)
+    total = sum(map(len, documents))
+    assert n <= total
+    assert total < n + T
+    assert sum(drawn.values()) == total
+    assert max(map(len, documents)) <= T
+    return {name: tokens / total for name, tokens in drawn.items()}, documents
+
+
+def test_token_shares_follow_the_weights_whatever_the_lengths():
+    """Short documents are drawn more often; one longer than the context counts as a window."""
+    sources = {
+        "short": Source([torch.full((5,), 1)] * 10, val=[], weight=6.0),
+        "long": Source([torch.full((30,), 2)] * 10, val=[], weight=3.0),
+        "book": Source([torch.full((3000,), 3)], val=[], weight=1.0),
+        "never": Source([torch.full((9,), 4)], val=[], weight=0.0),
+    }
+    shares, documents = draw(sources)
+    want = {"short": 0.6, "long": 0.3, "book": 0.1, "never": 0}
+    assert shares == pytest.approx(want, abs=0.01)
+    # The returned numbers of tokens are those that were drawn.
+    counts = torch.cat(documents).bincount(minlength=5) / sum(map(len, documents))
+    assert_close(counts[1:].double(), torch.tensor(list(shares.values())).double(), 1e-6)
+
+
+def test_token_shares_do_not_depend_on_the_order_of_a_file():
+    short = [torch.zeros(4)] * 1000
+    long = [torch.zeros(30)] * 1000
+    sources = {
+        "sorted": Source(short + long, val=[], weight=1.0),
+        "even": Source([torch.zeros(17)] * 9, val=[], weight=1.0),
+    }
+    assert draw(sources)[0] == pytest.approx({"sorted": 0.5, "even": 0.5}, abs=0.02)
+
+
+def test_a_window_of_a_long_document_reaches_both_ends():
+    documents = [torch.arange(100, 140), torch.arange(7)]
+    sources = {"a": Source(documents, val=[], weight=1.0)}
+    odds = document_odds(sources, 32)
+    drawn, _ = draw_documents(sources, odds, 5000, 32, random.Random(0))
+    starts = set()
+    for ids in (d.tolist() for d in drawn):
+        assert ids in (list(range(7)), list(range(ids[0], ids[0] + 32)))
+        starts.add(ids[0])
+    assert starts == {0} | set(range(100, 109))
+
+
+# Packing and batches
+
+
+def test_pack_loses_nothing_and_keeps_the_order():
+    rng = random.Random(0)
+    for _ in range(20):
+        lengths = [rng.randint(1, 16) for _ in range(rng.randint(1, 30))]
+        documents = [torch.tensor(ids) + 1 for ids in random_ids(lengths)]
+        ids, segments = pack(documents, 16)
+        assert ids.shape == segments.shape
+        assert ids.shape[1] == 16
+        assert ids.dtype == torch.long
+        assert segments.dtype == torch.long
+        assert not ids[segments == 0].any()
+        unpacked = []
+        for row, numbers in zip(ids, segments):
+            n = numbers.max().item()
+            assert n >= 1
+            # Segments are numbered from 1 in their order; padding comes after them.
+            padding = [0] * (numbers == 0).sum().item()
+            assert numbers.tolist() == sorted(numbers[numbers > 0].tolist()) + padding
+            unpacked += [row[numbers == i].tolist() for i in range(1, n + 1)]
+        assert unpacked == [d.tolist() for d in documents]
+
+
+def test_windows_are_the_first_tokens_in_pieces():
+    documents = [torch.arange(10), torch.arange(10, 15), torch.arange(15, 40)]
+    pieces = windows(documents, T=4, limit=17)
+    assert [len(p) for p in pieces] == [4, 4, 2, 4, 1, 2]
+    assert torch.cat(pieces).tolist() == list(range(17))
+
+
+def test_an_epoch_has_every_example_once_and_no_batch_that_is_too_large():
+    rng = random.Random(0)
+    for _ in range(50):
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 200))]
+        batch_tokens = rng.choice([1, 50, 100, 500, 10**6])
+        epoch = batches(lengths, batch_tokens, rng)
+        assert sorted(i for b in epoch for i in b) == list(range(len(lengths)))
+        for b in epoch:
+            assert b
+            assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= batch_tokens
+
+
+@pytest.mark.parametrize("batch_tokens", [1024, 4096])
+def test_batches_are_full_and_have_little_padding(batch_tokens):
+    """On lengths as responses have them: many short, a few long."""
+    rng = random.Random(0)
+    lengths = [min(128, max(12, int(rng.lognormvariate(3.7, 0.5)))) for _ in range(4000)]
+    epoch = batches(lengths, batch_tokens, rng)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in epoch)
+    assert sum(lengths) > 0.9 * padded
+    assert len(epoch) < 1.2 * sum(lengths) / batch_tokens
+
+
+def test_the_order_is_random_and_follows_the_seed():
+    lengths = [10 + i % 90 for i in range(2000)]
+    rng = random.Random(0)
+    first = batches(lengths, 1000, rng)
+    second = batches(lengths, 1000, rng)
+    assert first != second
+    assert first == batches(lengths, 1000, random.Random(0))
+    longest = [max(lengths[i] for i in b) for b in first]
+    rising = sum(a <= b for a, b in zip(longest, longest[1:]))
+    assert rising < 0.7 * len(longest)  # not from short to long
+    # Each epoch puts other examples side by side.
+    assert {frozenset(b) for b in first} != {frozenset(b) for b in second}
