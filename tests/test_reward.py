@@ -631,6 +631,7 @@ PAIR_RANKS = [[3, 1, 2, 2], [1, 2], [1, 2, 4], [5, 5]]
 
 
 @pytest.mark.parametrize("is_counted", [
+    pytest.param(None, id="all"),
     pytest.param(lambda distance: distance == 1, id="distance 1"),
     pytest.param(lambda distance: distance > 1, id="distance above 1"),
 ])
@@ -638,7 +639,7 @@ def test_pair_accuracy_by_brute_force(is_counted):
     points = []
     for s, r in zip(PAIR_SCORES, PAIR_RANKS):
         for better, worse in pairs(r):
-            if is_counted(r[worse] - r[better]):
+            if is_counted is None or is_counted(r[worse] - r[better]):
                 points.append(0.5 if s[better] == s[worse] else float(s[better] > s[worse]))
     accuracy, n = reward.pair_accuracy(PAIR_SCORES, PAIR_RANKS, is_counted)
     assert n == len(points)
