@@ -16,6 +16,8 @@ import torch
 
 import gpt
 import reward
+from data.tokenizer import fingerprint, get_tokenizer
+from scaffold.run import load_checkpoint
 from tiny import ROOT, assistant, chat
 
 # Values to put where they do not belong
@@ -454,7 +456,7 @@ def good_states(folder):
     common = dict(
         gpt=dict(SIZES, dropout=0.0, bias=True),
         tokenizer=str(tokenizer),
-        fingerprint=gpt.fingerprint(gpt.get_tokenizer(str(tokenizer))),
+        fingerprint=fingerprint(get_tokenizer(str(tokenizer))),
         seed=0,
     )
     policy = dict(
@@ -544,7 +546,7 @@ def good_folder(folder):
     torch.manual_seed(0)
     gpt.GPT(gpt.GPTConfig(*FOLDER_SIZES)).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    return config, gpt.load_checkpoint(folder / "pytorch_model.bin")
+    return config, load_checkpoint(folder / "pytorch_model.bin")
 
 
 def weights_files(rng, config, weights):

@@ -30,18 +30,28 @@ import torch
 import broken_files
 import chat
 import dpo
-import eval as results
+import evaluate
 import gpt
-import ppo
 import reward
-import self_instruct
 import self_reward
 import sft
 import tools
 from broken_files import CONFIG, FOLDER_SIZES, SEED_TASKS, SMALL_TOKENIZER, Malice, saved
-from data import bpe, clean
-from gpt import UserError
-from tiny import ENC, ROOT, SPECIAL
+from data import bpe, clean, text, tokenizer
+from data.formats import (
+    check_messages,
+    load_chats,
+    load_comparisons,
+    load_prompts,
+    load_seed_tasks,
+    split_by_user,
+)
+from data.rankings import report
+from data.tokenizer import token_bytes
+from data.verdicts import load_judged
+from scaffold.cli import UserError
+from scaffold.run import load_checkpoint
+from tiny import ENC, SPECIAL
 
 BLOCK = 96
 NEW_TOKENS = 16
@@ -127,38 +137,42 @@ def records_in(path):
     raw = path.read_bytes()
     if path.suffix == ".gz":
         raw = gzip.decompress(raw)
-    text = raw.decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    content = raw.decode("utf-8-sig")
+    if content.lstrip().startswith("["):
+        return json.loads(content)
+    return [json.loads(line) for line in content.split("\n") if line.strip()]
 
 
 def check_count(path, kept, printed):
     """Every record of the file is kept, or counted in the printed lines."""
-    counts = re.findall(r": (\d+) of (\d+) (?:records|prompts)", printed)
-    left_out = sum(int(n) for n, _ in counts)
-    totals = {int(total) for _, total in counts}
-    n = len(records_in(path))
-    assert kept + left_out == n
-    assert totals <= {n}
+    n_records = len(records_in(path))
+    n_skipped, totals = skipped(printed)
+    assert kept + n_skipped == n_records
+    assert totals <= {n_records}
+
+
+def skipped(printed):
+    """Return how many records or prompts were skipped, and the totals that the lines name."""
+    counts = re.findall(r"\b(\d+) of (\d+) (?:records|prompts) skipped", printed)
+    return sum(int(n) for n, _ in counts), {int(total) for _, total in counts}
 
 
 def check_rendered(messages):
     """Special tokens mark the turns. No content can spell one."""
-    sft.check_messages(messages)
+    check_messages(messages)
     ids, mask = sft.render(messages, ENC)
     assert len(ids) == len(mask)
     assert set(mask) <= {0, 1}
     roles = [SPECIAL[f"<|{m['role']}|>"] for m in messages]
     want = [token for role in roles for token in (role, SPECIAL["<|end|>"])]
     assert [t for t in ids if t in SPECIAL.values()] == want
-    text = "".join(f"<|{m['role']}|>{whole(m['content'])}<|end|>" for m in messages)
-    assert ENC.decode(ids) == text
+    turns = [f"<|{m['role']}|>{whole(m['content'])}<|end|>" for m in messages]
+    assert ENC.decode(ids) == "".join(turns)
 
 
-def whole(text):
+def whole(string):
     """Replace halves of surrogate pairs, which UTF-8 cannot encode, as tiktoken does."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_masked(ids, mask):
@@ -178,7 +192,7 @@ def check_chats(path, chats, printed):
                 check_masked(ids, mask)
         except UserError as e:
             assert "block-size" in str(e)
-        train, val = sft.split_by_user(chats)
+        train, val = split_by_user(chats)
     assert train
     assert val
 
@@ -196,28 +210,34 @@ def check_comparisons(path, records, printed):
         assert reward.pair_mask(ranks).any()
     with silently():
         try:
-            examples = reward.tokenize(records, ENC, BLOCK)
+            comparisons = reward.tokenize(records, ENC, BLOCK)
         except UserError:  # no comparison fits into the context
             return
-        _, pairs = dpo.flatten(examples, "all", random.Random(0))
-        assert len(pairs) == len(examples)
-        for rows, start, record in examples:
-            assert len(rows) == len(record["ranks"])
-            assert all(start < len(ids) for ids in rows)
-            assert all(len(ids) <= BLOCK for ids in rows)
-            assert reward.targets(record).isfinite().all()
-        scores = [[0.0] * len(rows) for rows, _, _ in examples]
-        reward.report("fuzz", examples, scores)
-
-
-def load_prompts(path):
-    return ppo.load_prompts(path, ENC, BLOCK, NEW_TOKENS)
+        _, pairs = dpo.flatten(comparisons, "all", random.Random(0))
+        assert len(pairs) == len(comparisons)
+        for c in comparisons:
+            assert len(c.rows) == len(c.record["ranks"])
+            assert all(c.start < len(ids) for ids in c.rows)
+            assert all(len(ids) <= BLOCK for ids in c.rows)
+            assert reward.targets(c.record).isfinite().all()
+        scores = [[0.0] * len(c.rows) for c in comparisons]
+        report("fuzz", comparisons, scores, {})
 
 
 def check_prompts(path, prompts, printed):
     check_count(path, len(prompts), printed)
     for p in prompts:
         check_rendered(p["prompt"])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            fitting = sft.fit_prompts(prompts, ENC, BLOCK, NEW_TOKENS)
+        except UserError:  # no prompt fits into the context
+            fitting = []
+    n_skipped, totals = skipped(out.getvalue())
+    assert len(fitting) + n_skipped == len(prompts)
+    assert totals <= {len(prompts)}
+    for p in fitting:
         assert p["ids"] == sft.render_prompt(p["prompt"], ENC)
         assert len(p["ids"]) + NEW_TOKENS <= BLOCK
 
@@ -260,11 +280,11 @@ class Loader(NamedTuple):
 
 
 LOADERS = {
-    "chats": Loader(sft.load_chats, check_chats, broken_files.CHATS, 360),
-    "ranked": Loader(reward.load_comparisons, check_comparisons, broken_files.RANKED, 420),
+    "chats": Loader(load_chats, check_chats, broken_files.CHATS, 360),
+    "ranked": Loader(load_comparisons, check_comparisons, broken_files.RANKED, 420),
     "prompts": Loader(load_prompts, check_prompts, broken_files.PROMPTS, 320),
-    "seeds": Loader(self_instruct.read_seeds, check_seed_tasks, SEED_TASKS, 400, least=8),
-    "judged": Loader(self_reward.load_judged, check_judged, broken_files.JUDGED, 300),
+    "seeds": Loader(load_seed_tasks, check_seed_tasks, SEED_TASKS, 400, least=8),
+    "judged": Loader(load_judged, check_judged, broken_files.JUDGED, 300),
 }
 
 
@@ -309,7 +329,7 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, name):
 
 
 def test_a_gzip_bomb_ends_soon_and_small(tmp_path):
-    """sft.read_records unpacks for all loaders, so one of them will do."""
+    """All loaders unpack with the same function, so one of them will do."""
     for name, raw in broken_files.gzip_bombs().items():
         path = tmp_path / name
         path.write_bytes(raw)
@@ -328,7 +348,7 @@ N_CASES = dict(text=150, mixture=80, tokenizer=150, database=150, checkpoint=330
 
 
 def read_corpus(path, val_fraction=0.1):
-    return gpt.read_corpus(path, ENC, 16, val_fraction)
+    return text.read_corpus(path, ENC, 16, val_fraction)
 
 
 def count_words(path):
@@ -354,11 +374,10 @@ def test_any_text_loads_or_is_refused(tmp_path):
         assert (documents is None) == (words is None)
         if corpus:
             n_loaded += 1
-            text = raw.decode("utf-8-sig")
-            pieces = re.split(r"^<\|end\|>\r?(?:\n|\Z)", text, flags=re.M)
+            pieces = re.split(r"^<\|end\|>\r?(?:\n|\Z)", raw.decode("utf-8-sig"), flags=re.M)
             kept = [p for p in pieces if p.strip()]
-            (train, val, _), = corpus.result.values()
-            assert text_of(train + val) == "".join(kept)
+            [source] = corpus.result.values()
+            assert text_of(source.train + source.val) == "".join(kept)
             assert documents.result[path] == [p.strip("\r\n") for p in kept]
             with time_limit():
                 clean.clean(documents.result[path])
@@ -385,7 +404,7 @@ def test_any_mixture_loads_or_is_refused(tmp_path):
         path.write_bytes(broken_files.mixture_file(rng, case))
         loaded = attempt(lambda p: read_corpus(p.parent), path)
         if loaded:
-            weights = [weight for _, _, weight in loaded.result.values()]
+            weights = [source.weight for source in loaded.result.values()]
             assert len(weights) == 2
             assert all(math.isfinite(w) for w in weights)
             assert all(w >= 0 for w in weights)
@@ -402,19 +421,21 @@ def test_a_validation_share_outside_0_1_is_refused(tmp_path, fraction):
 # Tokenizers and databases
 
 def get_tokenizer(path):
-    return gpt.get_tokenizer(str(path))
+    return tokenizer.get_tokenizer(str(path))
 
 
 def check_tokenizer(enc):
     special = {enc.encode_single_token(name) for name in SPECIAL}
     mixed = "Tom went to the lake. 你好 \0\x1b 17 <|end|>"
     first_characters = "".join(map(chr, range(1, 400)))
-    for text in (mixed, first_characters, "<|user|>\r\n  ", ""):
-        ids = enc.encode_ordinary(text)
-        assert enc.decode(ids) == text
+    for string in (mixed, first_characters, "<|user|>\r\n  ", ""):
+        ids = enc.encode_ordinary(string)
+        assert enc.decode(ids) == string
         assert not special & set(ids)
-    assert len(special) == 5
-    assert enc.n_vocab == len(enc._mergeable_ranks) + 5
+    assert special == set(range(enc.n_vocab - 5, enc.n_vocab))
+    ordinary = token_bytes(enc)[:-5]
+    assert len(ordinary) == enc.n_vocab - 5
+    assert len(set(ordinary)) == enc.n_vocab - 5
 
 
 def test_any_tokenizer_loads_or_is_refused(tmp_path):
@@ -438,7 +459,8 @@ def test_any_tokenizer_loads_or_is_refused(tmp_path):
 
 def test_a_tokenizer_name_that_is_no_file_is_refused(tmp_path):
     for name in ("n" * 5000, "a\0b", str(tmp_path), "no such name"):
-        refused = attempt(lambda _: gpt.get_tokenizer(name), tmp_path / "unused", name="tokenizer")
+        unused = tmp_path / "unused"
+        refused = attempt(lambda _: tokenizer.get_tokenizer(name), unused, name="tokenizer")
         assert refused is None
 
 
@@ -488,8 +510,8 @@ def states(tmp_path_factory):
     return broken_files.good_states(tmp_path_factory.mktemp("states"))
 
 
-def corpus_of(path):
-    return gpt.corpus_of(path, ENC, 16)
+def checkpoint_text(path):
+    return text.checkpoint_text(path, ENC, 16)
 
 
 def chat_with(path):
@@ -524,10 +546,10 @@ def read_with_another_script(n, path):
     elif n == 1:
         attempt(chat_with, path)
     elif n == 2:
-        attempt(corpus_of, path, name=".")  # the text may be what is wrong or missing
+        attempt(checkpoint_text, path, name=".")  # the text may be what is wrong or missing
     else:
         path.rename(path.with_name("ppo.pt"))
-        attempt(lambda p: results.policies(p.parent), path.with_name("ppo.pt"))
+        attempt(lambda p: evaluate.policies(p.parent), path.with_name("ppo.pt"))
         path.with_name("ppo.pt").rename(path)
 
 
@@ -536,7 +558,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "c.pt"
     for raw in (b"", b"PK", rng.randbytes(1000), bytes(1000), b"PK\3\4" + rng.randbytes(1000)):
         path.write_bytes(raw)
-        for load in (gpt.load_checkpoint, gpt.load_model, reward.load_reward):
+        for load in (load_checkpoint, gpt.load_model, reward.load_reward):
             assert attempt(load, path) is None
     for path in (tmp_path, tmp_path / "missing.pt"):
         assert attempt(gpt.load_model, path) is None
@@ -551,7 +573,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, states):
     for raw in files:
         for name in ("c.pt", "pytorch_model.bin"):
             (folder / name).write_bytes(raw)
-        for load in (gpt.load_checkpoint, gpt.load_model, reward.load_reward, corpus_of):
+        for load in (load_checkpoint, gpt.load_model, reward.load_reward, checkpoint_text):
             assert attempt(load, folder / "c.pt") is None
         assert attempt(gpt.GPT.from_pretrained, folder, name=str(folder)) is None
         assert not mark.exists()
@@ -627,30 +649,30 @@ def write_json(path, content):
 
 
 @pytest.mark.parametrize("load, record, message", [
-    pytest.param(sft.load_chats, {"k" * 2000: 1}, "expected", id="a key of 2000 letters"),
+    pytest.param(load_chats, {"k" * 2000: 1}, "expected", id="a key of 2000 letters"),
     pytest.param(
-        reward.load_comparisons, {"k" * 2000: 1}, "expected",
+        load_comparisons, {"k" * 2000: 1}, "expected",
         id="a key of 2000 letters in rankings",
     ),
     pytest.param(
-        reward.load_comparisons, pair(scores=["a", "b"]), "one number per response",
+        load_comparisons, pair(scores=["a", "b"]), "one number per response",
         id="scores that are strings",
     ),
     pytest.param(
-        reward.load_comparisons, pair(scores=[math.nan, 1]), "one number per response",
+        load_comparisons, pair(scores=[math.nan, 1]), "one number per response",
         id="scores that are nan",
     ),
     pytest.param(
-        reward.load_comparisons, pair(ranks_other=[None, 1]), "one number per response",
+        load_comparisons, pair(ranks_other=[None, 1]), "one number per response",
         id="other ranks that are null",
     ),
     pytest.param(
-        reward.load_comparisons, pair(ranks_other=[10 ** 400, 1]), "one number per response",
+        load_comparisons, pair(ranks_other=[10 ** 400, 1]), "one number per response",
         id="other ranks of 400 digits",
     ),
     pytest.param(
-        reward.load_comparisons, pair(ranks=[999_999_998, 999_999_999]),
-        "no record with two answers",
+        load_comparisons, pair(ranks=[999_999_998, 999_999_999]),
+        "no record has two responses",
         id="ranks that differ in the ninth digit",
     ),
 ])
@@ -665,9 +687,9 @@ def test_records_mishandled_before_are_refused(tmp_path, load, record, message):
 def test_is_classification_yes_is_refused(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, [{**SEED_TASKS[0], "is_classification": "yes"}] * 8)
-    assert attempt(self_instruct.read_seeds, path) is None
+    assert attempt(load_seed_tasks, path) is None
     with pytest.raises(UserError, match="true or false"):
-        self_instruct.read_seeds(path)
+        load_seed_tasks(path)
 
 
 RANKS = SMALL_TOKENIZER["ranks"]
@@ -681,11 +703,11 @@ RANKS = SMALL_TOKENIZER["ranks"]
         id="a pattern that drops spaces",
     ),
     pytest.param(
-        {**SMALL_TOKENIZER, "pattern": r"x*"}, "empty text",
+        {**SMALL_TOKENIZER, "pattern": r"x*"}, "the empty string",
         id="a pattern that matches nothing",
     ),
     pytest.param(
-        {**SMALL_TOKENIZER, "pattern": r"(?=a)|[\s\S]"}, "empty text",
+        {**SMALL_TOKENIZER, "pattern": r"(?=a)|[\s\S]"}, "the empty string",
         id="a pattern that matches nothing before each a",
     ),
     pytest.param(DEEP, "not a tokenizer file", id="deep"),
@@ -703,7 +725,7 @@ def test_scores_in_a_pair_are_ignored(tmp_path):
     path = tmp_path / "pairs.jsonl"
     record = {"prompt": "Hi", "chosen": "yes", "rejected": "no", "user": 3}
     write_json(path, {**record, "scores": 0.9, "ranks_other": None})
-    (loaded,), printed = attempt(reward.load_comparisons, path)
+    (loaded,), printed = attempt(load_comparisons, path)
     assert not {"scores", "ranks_other"} & set(loaded)
     assert loaded["user"] == 3
     assert not printed
@@ -796,8 +818,8 @@ def test_checkpoints_mishandled_before_are_refused(tmp_path, states, change):
 def test_a_checkpoint_of_another_program_has_no_text_and_is_no_policy(tmp_path, state):
     path = tmp_path / "gpt.pt"
     path.write_bytes(saved(state))
-    assert attempt(corpus_of, path) is None
-    loaded = attempt(lambda p: results.policies(p.parent), path.rename(tmp_path / "other.pt"))
+    assert attempt(checkpoint_text, path) is None
+    loaded = attempt(lambda p: evaluate.policies(p.parent), path.rename(tmp_path / "other.pt"))
     assert [stage for stage, _ in loaded.result] == []
 
 

@@ -441,7 +441,7 @@ def test_the_printed_lesson(capsys):
 def test_the_printed_n_step_parts_add_up_to_the_printed_advantage(lam, first, capsys, monkeypatch):
     run_script(monkeypatch, "--lam", lam)
     out = capsys.readouterr().out
-    assert f"the first A, {first}," in out
+    assert f"The first A, {first}," in out
     n_step_lines = [line for line in out.splitlines() if line.startswith("  n = ")]
     parts = [float(line.split("=")[2].split()[0]) for line in n_step_lines]
     assert sum(parts) == pytest.approx(float(first), abs=2e-6)

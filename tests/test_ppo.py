@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,9 +22,13 @@ import gae
 import gpt
 import ppo
 import reward
-import run as training
 import sft
-from gpt import UserError
+from data.formats import load_prompts
+from data.tokenizer import fingerprint, get_tokenizer
+from scaffold import health
+from scaffold import run as training
+from scaffold.cli import UserError
+from scaffold.run import load_checkpoint, save_checkpoint
 from tiny import (
     END,
     ENC,
@@ -90,10 +95,10 @@ def train(checkpoints, tmp_path):
             text=str(out / "text.txt"),
             out=str(out),
             updates=2,
-            rollout=8,
+            rollout_size=8,
             epochs=2,
             minibatches=2,
-            warmup=0,
+            value_warmup=0,
             max_new_tokens=8,
             ptx=0.0,
             table=False,
@@ -516,7 +521,7 @@ def test_response_mask_by_brute_force():
     """It covers the action of the first response token up to that of the end token."""
     prompt_lengths = torch.tensor([1, 3, 3, 7, 2])
     lengths = torch.tensor([2, 8, 4, 8, 2])        # the last response is empty
-    mask = ppo.answer_mask(prompt_lengths, lengths, 8)
+    mask = ppo.response_mask(prompt_lengths, lengths, 8)
     assert mask.shape == (5, 7)
     for i, (p, n) in enumerate(zip(prompt_lengths.tolist(), lengths.tolist())):
         token = ["prompt"] * p + ["response"] * (n - p) + ["pad"] * (8 - n)
@@ -548,7 +553,7 @@ def test_adapt_beta_is_exact_on_target_and_at_its_bounds():
 
 # A rollout
 
-CFG = SimpleNamespace(max_new_tokens=8, missing_end=-3.0)
+CFG = SimpleNamespace(max_new_tokens=8, missing_eos_score=-3.0)
 
 
 class Models(NamedTuple):
@@ -572,25 +577,25 @@ def prompt_ids():
 def test_rollout_equals_a_recomputation_row_by_row_and_token_by_token(models, sampler):
     sampling = models.policy if sampler == "policy" else models.reference
     prompts = prompt_ids() * 2
-    b = ppo.roll_out(sampling, *models, prompts, END, CFG, seed=5)
-    assert b["answers"] == gpt.generate(sampling, prompts, 8, stop=END, seed=5)
-    assert set(b["ended"].tolist()) == {True, False}
-    assert len({len(response) for response in b["answers"]}) > 2
-    T = b["ids"].shape[1]
+    b = ppo.rollout(sampling, *models, prompts, END, CFG, seed=5)
+    assert b.responses == gpt.generate(sampling, prompts, 8, stop=END, seed=5)
+    assert set(b.ended.tolist()) == {True, False}
+    assert len({len(response) for response in b.responses}) > 2
+    T = b.ids.shape[1]
     for k in ("mask", "logprobs", "old_logprobs", "ref_logprobs", "values"):
-        assert b[k].shape == (len(prompts), T - 1)
-        assert not b[k].requires_grad
-    assert not b["scores"].requires_grad
-    for i, (prompt, response) in enumerate(zip(prompts, b["answers"])):
+        assert getattr(b, k).shape == (len(prompts), T - 1)
+        assert not getattr(b, k).requires_grad
+    assert not b.scores.requires_grad
+    for i, (prompt, response) in enumerate(zip(prompts, b.responses)):
         check_row(b, i, prompt, response, models, sampler)
 
 
 def check_row(b, i, prompt, response, models, sampler):
     ids = prompt + response
-    assert b["ids"][i, :len(ids)].tolist() == ids
-    assert b["lengths"][i] == len(ids)
-    assert b["ended"][i].item() == (END in response)
-    assert b["mask"][i].sum() == len(response)
+    assert b.ids[i, :len(ids)].tolist() == ids
+    assert b.lengths[i] == len(ids)
+    assert b.ended[i].item() == (END in response)
+    assert b.mask[i].sum() == len(response)
     with torch.no_grad():
         # The action t made ids[t + 1]. It is recomputed from ids[:t + 1] and nothing else.
         for t in range(len(prompt) - 1, len(ids) - 1):
@@ -599,37 +604,37 @@ def check_row(b, i, prompt, response, models, sampler):
             ref_logprob = models.reference(seen)[0, -1].log_softmax(-1)[ids[t + 1]]
             old_logprob = logprob if sampler == "policy" else ref_logprob
             value = models.value_model(seen)[0, -1]
-            assert b["mask"][i, t] == 1
-            torch.testing.assert_close(b["logprobs"][i, t], logprob, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(b["ref_logprobs"][i, t], ref_logprob, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(b["old_logprobs"][i, t], old_logprob, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(b["values"][i, t], value, rtol=1e-4, atol=1e-5)
+            assert b.mask[i, t] == 1
+            torch.testing.assert_close(b.logprobs[i, t], logprob, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(b.ref_logprobs[i, t], ref_logprob, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(b.old_logprobs[i, t], old_logprob, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(b.values[i, t], value, rtol=1e-4, atol=1e-5)
         if response[-1] == END:
             score = models.reward_model(torch.tensor([ids]))[0, -1].item()
         else:
             score = -3.0
-    assert b["scores"][i].item() == pytest.approx(score, abs=1e-5)
+    assert b.scores[i].item() == pytest.approx(score, abs=1e-5)
 
 
 def test_a_policy_that_is_its_reference_has_no_kl(models):
     policy = models.policy
-    b = ppo.roll_out(policy, policy, tiny_gpt(1), *models[2:], prompt_ids(), END, CFG, seed=0)
-    assert torch.equal(b["logprobs"], b["ref_logprobs"])
-    rewards = ppo.kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], 100.0)
-    torch.testing.assert_close(rewards.sum(1), b["scores"])
+    b = ppo.rollout(policy, policy, tiny_gpt(1), *models[2:], prompt_ids(), END, CFG, seed=0)
+    assert torch.equal(b.logprobs, b.ref_logprobs)
+    rewards = ppo.kl_rewards(b.scores, b.logprobs, b.ref_logprobs, b.mask, 100.0)
+    torch.testing.assert_close(rewards.sum(1), b.scores)
 
 
 def test_padding_of_a_rollout_reaches_no_real_token(models):
     """A row gives the same numbers alone and with the padding that a longer row would need."""
-    b = ppo.roll_out(models.policy, *models, prompt_ids()[:1], END, CFG, seed=3)
-    n = b["lengths"][0] - 1
-    padded = torch.cat([b["ids"], torch.full((1, 30), END)], 1)
+    b = ppo.rollout(models.policy, *models, prompt_ids()[:1], END, CFG, seed=3)
+    n = b.lengths[0] - 1
+    padded = torch.cat([b.ids, torch.full((1, 30), END)], 1)
     logprobs = gpt.token_logprobs(models.policy, padded)
     ref_logprobs = gpt.token_logprobs(models.reference, padded)
     values = models.value_model(padded)
-    torch.testing.assert_close(logprobs[0, :n], b["logprobs"][0, :n])
-    torch.testing.assert_close(ref_logprobs[0, :n], b["ref_logprobs"][0, :n])
-    torch.testing.assert_close(values[0, :n], b["values"][0, :n])
+    torch.testing.assert_close(logprobs[0, :n], b.logprobs[0, :n])
+    torch.testing.assert_close(ref_logprobs[0, :n], b.ref_logprobs[0, :n])
+    torch.testing.assert_close(values[0, :n], b.values[0, :n])
 
 
 # The loop
@@ -646,7 +651,7 @@ def arguments(calls):
 
 def test_main_feeds_the_losses_with_what_the_equations_say(train, monkeypatch):
     """Each epoch sees every response once. Advantages are whitened over the rollout."""
-    rollouts = Recorder(monkeypatch, ppo, "roll_out")
+    rollouts = Recorder(monkeypatch, ppo, "rollout")
     policy_losses = Recorder(monkeypatch, ppo, "policy_loss")
     value_losses = Recorder(monkeypatch, ppo, "value_loss")
     rows, _, _ = train(updates=3, epochs=2, minibatches=3, lr=1e-2, beta=0.3, lam=0.9)
@@ -654,9 +659,9 @@ def test_main_feeds_the_losses_with_what_the_equations_say(train, monkeypatch):
     assert len(policy_losses.calls) == 3 * 2 * 3
     assert len(value_losses.calls) == 3 * 2 * 3
     for update, (_, b) in enumerate(rollouts.calls):
-        rewards = ppo.kl_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], 0.3)
-        raw, returns = gae.gae(rewards, b["values"], b["mask"], 1.0, 0.9)
-        inside = raw[b["mask"] > 0]
+        rewards = ppo.kl_rewards(b.scores, b.logprobs, b.ref_logprobs, b.mask, 0.3)
+        raw, returns = gae.gae(rewards, b.values, b.mask, 1.0, 0.9)
+        inside = raw[b.mask > 0]
         white = (raw - inside.mean()) / inside.std(correction=0)
         for epoch in range(2):
             first = update * 6 + epoch * 3
@@ -664,12 +669,12 @@ def test_main_feeds_the_losses_with_what_the_equations_say(train, monkeypatch):
             _, old, advantages, mask = arguments(policy_losses.calls[calls])
             _, old_values, targets, value_mask = arguments(value_losses.calls[calls])
             for seen, want in (
-                (old, b["logprobs"]),
+                (old, b.logprobs),
                 (advantages, white),
-                (old_values, b["values"]),
+                (old_values, b.values),
                 (targets, returns),
             ):
-                want = by_token([want], [b["mask"]])
+                want = by_token([want], [b.mask])
                 torch.testing.assert_close(by_token(seen, mask), want, rtol=1e-3, atol=1e-4)
             assert all(torch.equal(x, y) for x, y in zip(mask, value_mask))
         # Before the first step the ratio is 1, and nothing is clipped.
@@ -686,7 +691,7 @@ def test_main_feeds_the_losses_with_what_the_equations_say(train, monkeypatch):
 
 
 def test_policy_and_value_model_learn_while_reference_and_reward_model_stay(train, monkeypatch):
-    rollouts = Recorder(monkeypatch, ppo, "roll_out")
+    rollouts = Recorder(monkeypatch, ppo, "rollout")
     _, saved, out = train(updates=3, epochs=2, minibatches=3, lr=1e-2, beta=0.3, lam=0.9)
     _, policy, reference, reward_model, value_model = rollouts.calls[0][0][:5]
     assert same_weights(reference, gpt.load_model(out / "sft.pt")[0])
@@ -699,8 +704,8 @@ def test_policy_and_value_model_learn_while_reference_and_reward_model_stay(trai
 
 
 def test_while_the_critic_warms_up_the_policy_waits(train, monkeypatch):
-    rollouts = Recorder(monkeypatch, ppo, "roll_out")
-    rows, policy, out = train(updates=4, warmup=2, lr=1e-2)
+    rollouts = Recorder(monkeypatch, ppo, "rollout")
+    rows, policy, out = train(updates=4, value_warmup=2, lr=1e-2)
     kl = [r["objective/kl"] for r in rows]  # of the policy before each update
     assert kl[:3] == pytest.approx([0, 0, 0], abs=1e-5)
     assert abs(kl[3]) > 1e-3
@@ -711,7 +716,7 @@ def test_while_the_critic_warms_up_the_policy_waits(train, monkeypatch):
 
 def test_a_warmup_update_steps_the_value_model_alone(train, monkeypatch):
     steps = Recorder(monkeypatch, training, "take_step")
-    train(updates=3, warmup=2)  # each update has 2 epochs of 2 minibatches
+    train(updates=3, value_warmup=2)  # each update has 2 epochs of 2 minibatches
     stepped = [type(args[2]) for args, _ in steps.calls]
     assert stepped.count(gpt.GPT) == 4
     assert stepped.count(reward.RewardModel) == 12
@@ -727,20 +732,20 @@ def test_gold_is_the_mean_grade_of_the_responses_and_teaches_nothing(
             return None
         return lambda task, response: len(response) + task
 
-    rollouts = Recorder(monkeypatch, ppo, "roll_out")
-    monkeypatch.setattr(sft, "gold_hook", load_grader)
+    rollouts = Recorder(monkeypatch, ppo, "rollout")
+    monkeypatch.setattr(ppo, "load_grader", load_grader)
     records = [dict(prompt=p, task=100 * 2 ** i) for i, p in enumerate(PROMPTS)]
     path = write_jsonl(tmp_path / "tasks.jsonl", *records)
-    task_of = {tuple(p["ids"]): p["task"] for p in ppo.load_prompts(path, ENC, 64, 8)}
-    graded = train(gold="some:grader", prompts=str(path), rollout=5)
+    task_of = {tuple(ids): record["task"] for ids, record in zip(prompt_ids(), records)}
+    graded = train(gold="some:grader", prompts=str(path), rollout_size=5)
     assert len(graded.rows) == len(rollouts.calls)
     for row, (args, b) in zip(graded.rows, rollouts.calls):
         grades = []
-        for prompt, response in zip(args[5], b["answers"]):
+        for prompt, response in zip(args[5], b.responses):
             text = ENC.decode([i for i in response if i != END])
             grades.append(len(text) + task_of[tuple(prompt)])
         assert row["objective/gold"] == pytest.approx(sum(grades) / 5)
-    plain = train(gold="", prompts=str(path), rollout=5)
+    plain = train(gold="", prompts=str(path), rollout_size=5)
     assert same_weights(graded.policy, plain.policy)
     for row in graded.rows:
         del row["objective/gold"]
@@ -762,7 +767,7 @@ def test_learning_rate_0_changes_nothing_in_any_epoch(train):
 
 def test_the_score_rises_and_beta_holds_the_policy_back(train):
     """Without a penalty score and KL rise; a large beta keeps the policy where it was."""
-    settings = dict(updates=12, rollout=64, lr=2e-3, epochs=2, minibatches=1)
+    settings = dict(updates=12, rollout_size=64, lr=2e-3, epochs=2, minibatches=1)
     free = train(beta=0.0, **settings).rows
     held = train(beta=10.0, **settings).rows
     assert free[-1]["objective/scores"] > free[0]["objective/scores"] + 1
@@ -779,20 +784,20 @@ def test_same_seed_same_log_and_same_weights(train):
 
 
 def test_offline_responses_all_come_from_the_reference(train, monkeypatch):
-    rollouts = Recorder(monkeypatch, ppo, "roll_out")
+    rollouts = Recorder(monkeypatch, ppo, "rollout")
     policy_losses = Recorder(monkeypatch, ppo, "policy_loss")
     rows, _, out = train(updates=3, lr=1e-2, offline=True)
     start, _, _ = gpt.load_model(out / "sft.pt")
     for args, b in rollouts.calls:
         assert same_weights(args[0], start)
-        assert torch.equal(b["old_logprobs"], b["ref_logprobs"])
+        assert torch.equal(b.old_logprobs, b.ref_logprobs)
     # The policy moves on and the samples do not, so the ratio grows from update to update.
-    assert not torch.equal(b["logprobs"], b["old_logprobs"])
+    assert not torch.equal(b.logprobs, b.old_logprobs)
     drift = [abs(r["val/ratio_first"] - 1) for r in rows]
     assert drift[0] < 1e-6
     assert drift[2] > 1e-4
     _, old, _, mask = arguments(policy_losses.calls[8:10])  # the first epoch of the last update
-    want = by_token([b["ref_logprobs"]], [b["mask"]])
+    want = by_token([b.ref_logprobs], [b.mask])
     torch.testing.assert_close(by_token(old, mask), want, rtol=1e-4, atol=1e-5)
 
 
@@ -804,8 +809,8 @@ def test_offline_samples_cannot_adapt_beta(train):
 
 @pytest.mark.parametrize("flag, settings", [
     pytest.param("--beta", dict(beta=0.0, target_kl=6.0), id="any factor of a beta of 0 is 0"),
-    pytest.param("--warmup", dict(warmup=2, updates=2), id="no update is left to train the policy"),
-    pytest.param("--warmup", dict(warmup=5, updates=2), id="a warmup longer than the run"),
+    pytest.param("--value-warmup", dict(value_warmup=2, updates=2), id="a warmup of the whole run"),
+    pytest.param("--value-warmup", dict(value_warmup=5, updates=2), id="a warmup longer than that"),
     pytest.param("--minibatches", dict(minibatches=9), id="8 responses in 9 minibatches"),
 ])
 def test_settings_that_would_do_nothing_are_refused(train, flag, settings):
@@ -816,7 +821,7 @@ def test_settings_that_would_do_nothing_are_refused(train, flag, settings):
 
 def test_minibatches_are_as_many_as_asked_and_of_like_size(train, monkeypatch):
     """8 responses in 5 parts are 2, 2, 2, 1, 1; torch.chunk would make four of 2."""
-    batches = Recorder(monkeypatch, ppo, "minibatch_losses")
+    batches = Recorder(monkeypatch, ppo, "losses")
     train(updates=1, epochs=1, minibatches=5)
     rows = [args[5].tolist() for args, _ in batches.calls]
     assert [len(r) for r in rows] == [2, 2, 2, 1, 1]
@@ -840,7 +845,7 @@ def test_stop_kl_takes_no_step_once_the_policy_has_moved(train, monkeypatch, sto
 def test_too_little_kl_lowers_beta_and_the_next_update_uses_it(train, monkeypatch, warmup):
     """Up to the first update that trains the policy, its KL is 0 and says nothing."""
     paid = Recorder(monkeypatch, ppo, "kl_rewards")
-    settings = dict(updates=warmup + 4, warmup=warmup, lr=1e-5, beta=0.5, target_kl=6.0)
+    settings = dict(updates=warmup + 4, value_warmup=warmup, lr=1e-5, beta=0.5, target_kl=6.0)
     rows, _, _ = train(**settings)
     betas = [r["objective/beta"] for r in rows]
     assert betas[:warmup + 2] == [0.5] * (warmup + 2)
@@ -899,7 +904,7 @@ def test_diagnostics_by_hand():
 
     KL and entropy are sums over a response, then means over responses.
     """
-    b = dict(
+    b = SimpleNamespace(
         logprobs=tensor([[-1, -2, 7], [-3, 7, 7]]),
         ref_logprobs=tensor([[-2, -4, 8], [-2, 9, 9]]),
         values=tensor([[1, 1, 50], [1, 50, 50]]),
@@ -912,7 +917,7 @@ def test_diagnostics_by_hand():
         dict(pg=1.0, vf=2.0, clipfrac=0.0, ratio=1.0, approxkl=0.0, norm=3.0, vclip=0.0),
         dict(pg=2.0, vf=4.0, clipfrac=0.5, ratio=1.5, approxkl=0.2, norm=5.0, vclip=0.5),
     ]
-    row = ppo.diagnostics(b, returns, stats, 0.1, 1e-3, 4)
+    row = health.diagnostics(b, returns, stats, 0.1, 1e-3, 4)
     want = {
         "objective/kl": 1.0,
         "objective/scores": -0.5,
@@ -979,12 +984,10 @@ GO_AWAY = assistant("Go away.")
 ])
 def test_load_prompts_reads_every_format(tmp_path, record, prompt):
     path = write_jsonl(tmp_path / "p.jsonl", {**record, "user": "u1"})
-    [loaded] = ppo.load_prompts(path, ENC, 64, 8)
+    [loaded] = load_prompts(path)
     assert loaded["prompt"] == prompt
     assert loaded["user"] == "u1"
     assert "output" not in loaded
-    assert loaded["ids"] == sft.render_prompt(prompt, ENC)
-    assert loaded["ids"][-1] == SPECIAL["<|assistant|>"]
 
 
 @pytest.mark.parametrize("record", [
@@ -996,36 +999,43 @@ def test_load_prompts_reads_alpaca(tmp_path, record):
     """The instruction is put into a template drawn by lot, so the words are not known."""
     record = {"instruction": "Name two animals.", "user": "u1", **record}
     path = write_jsonl(tmp_path / "p.jsonl", record)
-    [loaded] = ppo.load_prompts(path, ENC, 64, 8)
+    [loaded] = load_prompts(path)
     [message] = loaded["prompt"]
     assert message["role"] == "user"
     assert "Name two animals." in message["content"]
     assert "Cow" not in message["content"]
     assert loaded["user"] == "u1"
     assert loaded["output"] == record["output"]
-    assert loaded["ids"] == sft.render_prompt(loaded["prompt"], ENC)
-    assert loaded["ids"][-1] == SPECIAL["<|assistant|>"]
 
 
-def test_long_prompts_are_left_out_and_counted_and_never_cut(tmp_path, capsys):
+def test_fit_prompts_adds_the_ids_of_the_prompt(tmp_path):
+    records = [{"prompt": HI, "user": "u1"}, {"prompt": OPEN_CHAT}]
+    fitting = sft.fit_prompts(records, ENC, 64, 8)
+    for record, fitted in zip(records, fitting, strict=True):
+        ids = fitted["ids"]
+        assert fitted == {**record, "ids": ids}
+        assert ids == sft.render_prompt(record["prompt"], ENC)
+        assert ids[-1] == SPECIAL["<|assistant|>"]
+
+
+def test_long_prompts_are_skipped_and_counted_and_never_cut(capsys):
     n = len(sft.render_prompt(HI, ENC))
-    records = [{"prompt": p} for p in ("Hi", "Hi " * 60, "Hi", "Ho " * 60)]
-    path = write_jsonl(tmp_path / "p.jsonl", *records)
-    assert len(ppo.load_prompts(path, ENC, n + 8, 8)) == 2  # an exact fit is kept
-    assert "p.jsonl: 2 of 4 prompts left out" in capsys.readouterr().out
-    with pytest.raises(UserError, match="p.jsonl: no usable prompt"):
-        ppo.load_prompts(path, ENC, n + 7, 8)
+    records = [{"prompt": [user(p)]} for p in ("Hi", "Hi " * 60, "Hi", "Ho " * 60)]
+    assert len(sft.fit_prompts(records, ENC, n + 8, 8)) == 2  # an exact fit is kept
+    assert "2 of 4 prompts skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no prompt fits the context"):
+        sft.fit_prompts(records, ENC, n + 7, 8)
 
 
-def test_records_without_a_prompt_are_left_out_and_counted(tmp_path, capsys):
+def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
     other_prompts = {
         "chosen": "\n\nHuman: Hi\n\nAssistant: a",
         "rejected": "\n\nHuman: Ho\n\nAssistant: b",
     }
     response_to_nothing = {"messages": [assistant("Hello.")]}
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, other_prompts, response_to_nothing)
-    assert len(ppo.load_prompts(path, ENC, 64, 8)) == 1
-    assert "p.jsonl: 2 of 3 prompts left out" in capsys.readouterr().out
+    assert len(load_prompts(path)) == 1
+    assert "p.jsonl: 2 of 3 records skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [
@@ -1041,21 +1051,21 @@ def test_records_without_a_prompt_are_left_out_and_counted(tmp_path, capsys):
 def test_a_bad_line_is_named_in_one_line(tmp_path, bad):
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, bad)
     with pytest.raises(UserError, match=r"p\.jsonl:2: ") as e:
-        ppo.load_prompts(path, ENC, 64, 8)
+        load_prompts(path)
     assert "\n" not in str(e.value)
 
 
-def test_the_number_of_prompts_left_out_is_printed_once(train, tmp_path, capsys):
+def test_the_number_of_skipped_prompts_is_printed_once(train, tmp_path, capsys):
     records = [{"prompt": p} for p in [*PROMPTS, "Hi " * 60]]
     train(prompts=str(write_jsonl(tmp_path / "p.jsonl", *records)))
     printed = capsys.readouterr().out
-    assert printed.count("left out") == 1
+    assert printed.count("prompts skipped") == 1
     assert printed.count("before:") == 4
 
 
 def test_a_rollout_larger_than_the_prompts_uses_each_of_them_equally_often(train, monkeypatch):
-    rollouts = Recorder(monkeypatch, ppo, "roll_out")
-    train(rollout=25, updates=2)
+    rollouts = Recorder(monkeypatch, ppo, "rollout")
+    train(rollout_size=25, updates=2)
     assert len(rollouts.calls) == 2
     for args, _ in rollouts.calls:
         prompts = [tuple(ids) for ids in args[5]]
@@ -1069,14 +1079,13 @@ def test_checkpoints_of_different_tokenizers_are_refused(train, checkpoints, tmp
     other = write_tokenizer(tmp_path / "other.json", ranks=raw["ranks"][:-1])
     mixed = tmp_path / "mixed"
     shutil.copytree(checkpoints, mixed)
-    state = gpt.load_checkpoint(checkpoints / "reward.pt")
-    fingerprint = gpt.fingerprint(gpt.get_tokenizer(other))
-    change = dict(tokenizer=other, fingerprint=fingerprint)
-    gpt.save_checkpoint(mixed / "reward.pt", **{**state, **change})
+    state = load_checkpoint(checkpoints / "reward.pt")
+    change = dict(tokenizer=other, fingerprint=fingerprint(get_tokenizer(other)))
+    save_checkpoint(mixed / "reward.pt", **{**state, **change})
     with pytest.raises(UserError, match="different tokenizers"):
         train(out=str(mixed))
-    gpt.save_checkpoint(mixed / "reward.pt", **{**state, "fingerprint": "0" * 16})
-    with pytest.raises(UserError, match="another tokenizer"):
+    save_checkpoint(mixed / "reward.pt", **{**state, "fingerprint": "0" * 16})
+    with pytest.raises(UserError, match="tokenizer.json has changed"):
         train(out=str(mixed))
 
 
@@ -1128,7 +1137,7 @@ HEALTHY = {
 
 def warnings(change, **settings):
     """Return the warnings of a healthy row with some entries changed."""
-    return ppo.warnings(HEALTHY | change, 0.5, ppo.Config(**settings))
+    return health.warnings(HEALTHY | change, 0.5, ppo.Config(**settings))
 
 
 def test_a_healthy_row_gives_no_warning():
@@ -1158,7 +1167,7 @@ def test_bounds_that_depend_on_the_settings():
     assert set(warnings({"objective/kl": 50.0}, target_kl=10.0)) == {"kl"}
     # At first the critic has learned too little to judge it.
     assert warnings({"val/explained_variance": -1.0, "update": 4}) == {}
-    assert warnings({"val/explained_variance": -1.0}, warmup=10) == {}
+    assert warnings({"val/explained_variance": -1.0}, value_warmup=10) == {}
     # The samples of the reference make both numbers so.
     assert warnings({"val/ratio_first": 0.5, "objective/kl": -3.0}, offline=True) == {}
 
@@ -1171,7 +1180,7 @@ def test_published_runs_warn_only_where_the_reward_was_hacked():
         first_entropy = log[0]["objective/entropy"] / log[0]["objective/length"]
         found[path.stem] = set()
         for row in log:
-            found[path.stem] |= set(ppo.warnings(row, first_entropy, ppo.Config()))
+            found[path.stem] |= set(health.warnings(row, first_entropy, ppo.Config()))
     assert found.pop("ppo-beta-0-seed0") >= {"kl", "entropy"}
     assert len(found) >= 6
     assert not any(found.values()), found
@@ -1210,15 +1219,15 @@ def test_a_first_ratio_other_than_1_gives_a_warning(train, monkeypatch, capsys):
 
 def test_a_kl_below_0_gives_a_warning(train, monkeypatch, capsys):
     """The responses are those of another model: here the frozen one, without --offline."""
-    rollout = ppo.roll_out
+    rollout = ppo.rollout
 
     def samples_of_the_reference(sampler, policy, reference, *rest, **kwargs):
         b = rollout(reference, policy, reference, *rest, **kwargs)
-        return {**b, "old_logprobs": b["logprobs"]}
+        return replace(b, old_logprobs=b.logprobs)
 
-    monkeypatch.setattr(ppo, "roll_out", samples_of_the_reference)
+    monkeypatch.setattr(ppo, "rollout", samples_of_the_reference)
     train(updates=6, lr=1e-2)
-    assert "cannot be below 0" in printed_warning(capsys, "KL to the reference is -")
+    assert "cannot be negative" in printed_warning(capsys, "KL to the reference is -")
 
 
 def test_a_policy_that_diverges_gives_every_warning_once(train, capsys):
@@ -1226,7 +1235,7 @@ def test_a_policy_that_diverges_gives_every_warning_once(train, capsys):
     train(updates=8, lr=1.0, beta=0.0)
     lines = printed_warnings(capsys)
     for words in (
-        "KL to the reference has grown",
+        "too far for the reward model",
         "entropy fell",
         "of the ratios are clipped",
         "explained variance",
@@ -1240,8 +1249,8 @@ def test_responses_that_never_end_give_a_warning(train, monkeypatch, capsys):
 
     monkeypatch.setattr(gpt, "generate", never_ending)
     train(updates=1)
-    line = printed_warning(capsys, "came to its end")
-    assert "no answer came to its end within 8 tokens" in line
+    line = printed_warning(capsys, "response ended")
+    assert "no response ended within 8 tokens" in line
 
 
 def test_a_reward_model_with_one_score_for_all_gives_a_warning(train, monkeypatch, capsys):
@@ -1254,5 +1263,5 @@ def test_a_reward_model_with_one_score_for_all_gives_a_warning(train, monkeypatc
 
     monkeypatch.setattr(reward, "load_reward", flat)
     # -0.43 is this model's score, so responses without an end token do not differ either.
-    train(updates=1, missing_end=-0.43)
+    train(updates=1, missing_eos_score=-0.43)
     assert "same score" in printed_warning(capsys, "score")

@@ -11,7 +11,12 @@ import gpt
 import reward
 import sft
 from data import labelers
-from gpt import UserError
+from data.formats import load_comparisons, read_comparison
+from data.rankings import pair_accuracy, report, word_scores
+from data.tokenizer import fingerprint
+from reward import Comparison
+from scaffold.cli import UserError
+from scaffold.run import load_checkpoint
 from tiny import (
     END,
     ENC,
@@ -194,25 +199,25 @@ def test_token_margin_loss_case_by_case():
 
 
 def comparison(ranks, lengths, start, **extra):
-    """Return an example as `tokenize` makes it: response i is `start` zeros, then tokens i + 1."""
+    """Return a Comparison whose response i is `start` zeros and then tokens i + 1."""
     rows = [torch.tensor([0] * start + [i + 1] * n) for i, n in enumerate(lengths)]
-    return rows, start, dict(ranks=ranks, **extra)
+    return Comparison(rows, start, dict(ranks=ranks, **extra))
 
 
 def test_aligned_finds_every_pair_and_the_tokens_that_both_have():
     """Prompt, padding and the end of the longer response are outside; ties make no pair."""
     T = 9
-    examples = [comparison([2, 1, 2], [3, 1, 4], 2), comparison([1, 2], [2, 2], 4)]
+    comparisons = [comparison([2, 1, 2], [3, 1, 4], 2), comparison([1, 2], [2, 2], 4)]
     scores = torch.randn(5, T)
-    better, worse, mask = reward.aligned(scores, None, examples)
+    better, worse, mask = reward.aligned(scores, comparisons)
     want = []
-    first = 0  # of the responses to this prompt, in `scores`
-    for rows, start, record in examples:
-        for i, j in pairs(record["ranks"]):
-            common = min(len(rows[i]), len(rows[j]))
-            inside = [start <= t < common for t in range(T)]
+    first = 0  # row of the comparison's first response in `scores`
+    for c in comparisons:
+        for i, j in pairs(c.record["ranks"]):
+            common = min(len(c.rows[i]), len(c.rows[j]))
+            inside = [c.start <= t < common for t in range(T)]
             want.append((scores[first + i].tolist(), scores[first + j].tolist(), inside))
-        first += len(rows)
+        first += len(c.rows)
     got = list(zip(better.tolist(), worse.tolist(), mask.tolist()))
     assert len(want) == 3
     assert sorted(map(str, got)) == sorted(map(str, want))
@@ -302,7 +307,7 @@ def test_score_responses_scores_each_string_at_its_end_token(model):
     rows = [ids_of(c, r) for c, r in zip(chats, responses)]
     assert len(rows[2]) == CONTEXT  # one response is too long
     want = [score_alone(model, ids).item() for ids in rows]
-    got = reward.score_answers(model, ENC, chats, responses)
+    got = reward.score_responses(model, ENC, chats, responses)
     assert got == pytest.approx(want, abs=1e-5)
 
 
@@ -316,7 +321,7 @@ def test_normalised_scores_of_sft_samples_have_mean_0_and_std_1(model):
     records = [dict(prompt=chat) for chat in chats]
     # A prompt longer than the context gives no sample.
     records.insert(2, dict(prompt=[user("long " * 80)]))
-    responses = sft.reply(policy, ENC, chats[:40], 8, seed=3)
+    responses = sft.sample_responses(policy, ENC, chats[:40], 8, seed=3)
     rows = [ids_of(c, r) for c, r in zip(chats, responses)]
 
     def scores():
@@ -353,11 +358,11 @@ def test_a_saved_and_loaded_model_gives_the_same_scores(model, tmp_path):
     ids = torch.randint(ENC.n_vocab, (3, 20))
     assert torch.equal(loaded(ids), model(ids))
     assert not loaded.training
-    assert gpt.fingerprint(enc) == gpt.fingerprint(ENC)
+    assert fingerprint(enc) == fingerprint(ENC)
 
 
 def test_a_fine_tuned_model_is_not_a_reward_model(checkpoints):
-    with pytest.raises(UserError, match="sft.pt: no reward model"):
+    with pytest.raises(UserError, match="sft.pt: not a reward model"):
         reward.load_reward(checkpoints / "sft.pt")
 
 
@@ -469,9 +474,9 @@ def transcript(*contents):
     ),
 ])
 def test_every_format_is_read(record, prompt, responses, ranks, tmp_path):
-    assert reward.read_comparison(record, "here") == (prompt, responses, ranks)
+    assert read_comparison(record, "here") == (prompt, responses, ranks)
     path = write_jsonl(tmp_path / "r.jsonl", {**record, "user": "u1"})
-    [loaded] = reward.load_comparisons(path)
+    [loaded] = load_comparisons(path)
     assert loaded["prompt"] == prompt
     assert loaded["responses"] == responses
     assert loaded["ranks"] == ranks
@@ -520,7 +525,7 @@ RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
 ], ids=str)
 def test_a_bad_record_is_named_in_one_line(bad, tmp_path):
     with pytest.raises(UserError, match=r"r\.jsonl:2: ") as e:
-        reward.load_comparisons(write_jsonl(tmp_path / "r.jsonl", RANKED, bad))
+        load_comparisons(write_jsonl(tmp_path / "r.jsonl", RANKED, bad))
     assert "\n" not in str(e.value)
 
 
@@ -533,20 +538,20 @@ def test_what_cannot_be_compared_is_left_out_and_counted(tmp_path, capsys):
     ]
     tied = [{**RANKED, "ranks": [3, 3]}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
     path = write_jsonl(tmp_path / "r.jsonl", *unusable, RANKED, *tied, RANKED)
-    assert len(reward.load_comparisons(path)) == 2
+    assert len(load_comparisons(path)) == 2
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
-    assert "r.jsonl: 3 of 7 records left out" in printed[0]
+    assert "r.jsonl: 3 of 7 records skipped" in printed[0]
     assert "prompt" in printed[0]
-    assert "r.jsonl: 2 of 7 records left out" in printed[1]
+    assert "r.jsonl: 2 of 7 records skipped" in printed[1]
     assert "tied" in printed[1]
     with pytest.raises(UserError, match="r.jsonl: no record"):
-        reward.load_comparisons(write_jsonl(tmp_path / "r.jsonl", *unusable, *tied))
+        load_comparisons(write_jsonl(tmp_path / "r.jsonl", *unusable, *tied))
 
 
 def test_ties_beside_other_ranks_are_kept(tmp_path, capsys):
     record = {"prompt": "Hi", "responses": ["a", "a", "b", "c"], "ranks": [1, 2, 2, 2]}
-    [loaded] = reward.load_comparisons(write_jsonl(tmp_path / "r.jsonl", record))
+    [loaded] = load_comparisons(write_jsonl(tmp_path / "r.jsonl", record))
     assert loaded["ranks"] == [1, 2, 2, 2]
     assert capsys.readouterr().out == ""
 
@@ -558,30 +563,30 @@ def tokenize(*records):
 
 
 def test_tokenize_puts_prompt_response_and_end_together():
-    [(rows, start, record)] = tokenize({**RANKED, "prompt": HI})
+    [c] = tokenize({**RANKED, "prompt": HI})
     prompt = sft.render_prompt(HI, ENC)
-    assert rows[0].tolist() == [*prompt, *ENC.encode_ordinary("a"), END]
-    assert rows[1].tolist() == [*prompt, *ENC.encode_ordinary("b"), END]
-    assert len(rows) == 2
-    assert start == len(prompt)
-    assert record["ranks"] == [1, 2]
+    assert c.rows[0].tolist() == [*prompt, *ENC.encode_ordinary("a"), END]
+    assert c.rows[1].tolist() == [*prompt, *ENC.encode_ordinary("b"), END]
+    assert len(c.rows) == 2
+    assert c.start == len(prompt)
+    assert c.record["ranks"] == [1, 2]
 
 
 def test_text_cannot_spell_an_end_token():
-    [(rows, start, _)] = tokenize({**RANKED, "prompt": HI, "responses": ["a<|end|>", "b"]})
-    assert [ids[start:].tolist().count(END) for ids in rows] == [1, 1]
+    [c] = tokenize({**RANKED, "prompt": HI, "responses": ["a<|end|>", "b"]})
+    assert [ids[c.start:].tolist().count(END) for ids in c.rows] == [1, 1]
 
 
 def test_a_long_prompt_loses_its_beginning_for_all_its_responses_alike(capsys):
     """Otherwise a short response would be judged with more of the prompt than a long one."""
     prompt = [user("x y " * 60)]
     responses = ["a", "b c d e f", "g h"]
-    [(rows, start, _)] = tokenize(dict(prompt=prompt, responses=responses, ranks=[1, 2, 3]))
+    [c] = tokenize(dict(prompt=prompt, responses=responses, ranks=[1, 2, 3]))
     longest = max(len(ENC.encode_ordinary(r)) + 1 for r in responses)
-    assert start == CONTEXT - longest
-    assert max(len(ids) for ids in rows) == CONTEXT
-    kept = sft.render_prompt(prompt, ENC)[-start:]
-    for ids, response in zip(rows, responses):
+    assert c.start == CONTEXT - longest
+    assert max(len(ids) for ids in c.rows) == CONTEXT
+    kept = sft.render_prompt(prompt, ENC)[-c.start:]
+    for ids, response in zip(c.rows, responses):
         assert ids.tolist() == kept + ENC.encode_ordinary(response) + [END]
     assert "1 of 1 prompts lose their beginning" in capsys.readouterr().out
 
@@ -595,35 +600,46 @@ def test_a_response_longer_than_the_context_is_left_out_with_all_its_entries(cap
         "ranks_other": [1, 2, 3],
         "scores": [0.1, 0.2, 0.3],
     }
-    [(rows, start, kept)] = tokenize(record, {**record, "responses": ["a", long, long]})
-    assert len(rows) == 2
-    assert start == len(sft.render_prompt(HI, ENC))
-    assert kept["responses"] == ["a", "b"]
-    assert kept["ranks"] == [3, 2]
-    assert kept["ranks_other"] == [1, 3]
-    assert kept["scores"] == [0.1, 0.3]
-    assert "3 answers longer than the context are left out" in capsys.readouterr().out
+    [c] = tokenize(record, {**record, "responses": ["a", long, long]})
+    assert len(c.rows) == 2
+    assert c.start == len(sft.render_prompt(HI, ENC))
+    assert c.record["responses"] == ["a", "b"]
+    assert c.record["ranks"] == [3, 2]
+    assert c.record["ranks_other"] == [1, 3]
+    assert c.record["scores"] == [0.1, 0.3]
+    assert "3 responses longer than the context are skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="no comparison fits"):
         tokenize({**record, "responses": [long] * 3})
 
 
 # Scoring and reporting
 
-@pytest.mark.parametrize("batch", [1, 2, 256])
-def test_score_all_keeps_the_order_and_equals_one_by_one(model, batch):
-    """Rows are sorted by length to save padding and must be put back. Dropout must be off."""
-    model.body.drop.p = 0.5
-    examples = [
+def nine_responses():
+    return [
         comparison([1, 2, 3], [5, 1, 9], 3),
         comparison([1, 2], [2, 7], 12),
         comparison([2, 1, 2, 3], [4, 4, 30, 1], 1),
     ]
-    scores = reward.score_all(model.train(), examples, torch.device("cpu"), batch)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 256])
+def test_score_rows_keeps_the_order_and_equals_one_by_one(model, batch):
+    """Rows are sorted by length to save padding and must be put back. Dropout must be off."""
+    model.body.drop.p = 0.5
+    rows = [ids for c in nine_responses() for ids in c.rows]
+    scores = reward.score_rows(model.train(), rows, torch.device("cpu"), batch)
     model.eval()
-    want = [score_alone(model, ids.tolist()).item() for rows, _, _ in examples for ids in rows]
+    want = [score_alone(model, ids.tolist()).item() for ids in rows]
+    assert scores == pytest.approx(want, abs=1e-5)
+    assert len({round(s, 4) for s in want}) == 9
+
+
+def test_score_all_gives_each_comparison_its_scores(model):
+    comparisons = nine_responses()
+    scores = reward.score_all(model, comparisons, torch.device("cpu"))
+    want = [score_alone(model, ids.tolist()).item() for c in comparisons for ids in c.rows]
     assert [len(s) for s in scores] == [3, 2, 4]
     assert sum(scores, []) == pytest.approx(want, abs=1e-5)
-    assert len({round(s, 4) for s in want}) == 9
 
 
 PAIR_SCORES = [[0.1, 0.5, 0.5, -2.0], [1.0, 1.0], [3.0, 2.0, 1.0], [0.0, 1.0]]
@@ -641,21 +657,21 @@ def test_pair_accuracy_by_brute_force(is_counted):
         for better, worse in pairs(r):
             if is_counted is None or is_counted(r[worse] - r[better]):
                 points.append(0.5 if s[better] == s[worse] else float(s[better] > s[worse]))
-    accuracy, n = reward.pair_accuracy(PAIR_SCORES, PAIR_RANKS, is_counted)
+    accuracy, n = pair_accuracy(PAIR_SCORES, PAIR_RANKS, is_counted)
     assert n == len(points)
     assert accuracy == pytest.approx(sum(points) / n)
 
 
 def test_pair_accuracy_of_all_pairs_by_hand():
     """A tie in scores counts half: 3.5 of 5 pairs, 0.5 of 1, and 3 of 3."""
-    accuracy, n = reward.pair_accuracy(PAIR_SCORES, PAIR_RANKS, None)
+    accuracy, n = pair_accuracy(PAIR_SCORES, PAIR_RANKS, None)
     assert n == 9
     assert accuracy == pytest.approx((3.5 + 0.5 + 3) / 9)
-    assert reward.pair_accuracy(PAIR_SCORES, PAIR_RANKS) == (accuracy, n)
+    assert pair_accuracy(PAIR_SCORES, PAIR_RANKS) == (accuracy, n)
 
 
 def test_pair_accuracy_without_pairs_is_nan():
-    accuracy, n = reward.pair_accuracy(PAIR_SCORES, PAIR_RANKS, lambda distance: distance > 9)
+    accuracy, n = pair_accuracy(PAIR_SCORES, PAIR_RANKS, lambda distance: distance > 9)
     assert n == 0
     assert math.isnan(accuracy)
 
@@ -668,7 +684,7 @@ def test_word_scores_by_hand():
     """
     responses = [[1, 2, END], [1, 3, END], [3, 4, 4, END]]
     rows = [torch.tensor([7, 7, *ids]) for ids in responses]
-    score = reward.word_scores([(rows, 2, dict(ranks=[1, 2, 2]))])
+    score = word_scores([Comparison(rows, 2, dict(ranks=[1, 2, 2]))])
     assert score == {1: pytest.approx((2 - 1) / 3), 2: 1.0, 3: -1.0, 4: -1.0, END: 0.0}
 
 
@@ -684,7 +700,7 @@ SCORES = [[0.0, 1.0, -1.0], [5.0, 6.0]]
 
 
 def test_report_by_hand():
-    row = reward.report("held-out", two_labelers(), SCORES, [("count", [[1, 2, 3], [0, 0]])])
+    row = report("held-out", two_labelers(), SCORES, {"count": [[1, 2, 3], [0, 0]]})
     assert row.pop("split") == "held-out"
     assert row == pytest.approx({
         "prompts": 2,
@@ -700,13 +716,13 @@ def test_report_by_hand():
 
 
 def test_no_agreement_is_reported_without_pairs_or_without_a_second_labeler():
-    examples = two_labelers()
-    for _, _, record in examples:
-        record["ranks_other"] = [1] * len(record["ranks"])
+    comparisons = two_labelers()
+    for c in comparisons:
+        c.record["ranks_other"] = [1] * len(c.rows)
     # Nothing to compare is not a disagreement.
-    assert math.isnan(reward.report("x", examples, SCORES)["labelers_agree"])
-    examples.append(comparison([1, 2], [1, 1], 1))
-    assert "labelers_agree" not in reward.report("x", examples, SCORES + [[1.0, 0.0]])
+    assert math.isnan(report("x", comparisons, SCORES, {})["labelers_agree"])
+    comparisons.append(comparison([1, 2], [1, 1], 1))
+    assert "labelers_agree" not in report("x", comparisons, SCORES + [[1.0, 0.0]], {})
 
 
 # The stage as a whole
@@ -778,7 +794,7 @@ def test_same_seed_same_log_and_same_weights(train):
     log_a, log_b, log_c = ((out / "reward.jsonl").read_bytes() for out in (a, b, c))
     assert log_a == log_b
     assert log_b != log_c
-    weights_a, weights_b = (gpt.load_checkpoint(out / "reward.pt")["model"] for out in (a, b))
+    weights_a, weights_b = (load_checkpoint(out / "reward.pt")["model"] for out in (a, b))
     assert same_weights(weights_a, weights_b)
 
 
@@ -816,5 +832,5 @@ def test_new_and_existing_rankings_make_the_same_model(train, tmp_path, monkeypa
 
         monkeypatch.setattr(labelers, "ensure", ensure)
         _, out = train(data="", epochs=1)
-        weights.append(gpt.load_checkpoint(out / "reward.pt")["model"])
+        weights.append(load_checkpoint(out / "reward.pt")["model"])
     assert same_weights(*weights)

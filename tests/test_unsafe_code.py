@@ -39,7 +39,7 @@ def unsafe_name(node, tree):
     if isinstance(node, ast.ImportFrom):
         return unsafe_import(node)
     if isinstance(node, ast.Name):
-        return node.id if node.id in UNSAFE_BUILTINS and not is_head(node, tree) else None
+        return node.id if node.id in UNSAFE_BUILTINS else None
     if isinstance(node, ast.Attribute):
         return unsafe_attribute(node, tree)
     if isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle"):
@@ -78,17 +78,12 @@ def is_constant(node, value):
     return isinstance(node, ast.Constant) and node.value is value
 
 
-def is_head(node, tree):
-    """Is this name the first part of `name.attribute`? Then it is a module, such as eval.py."""
-    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
-    return any(a.value is node for a in attributes)
-
-
 def test_nothing_unpickles_evaluates_or_executes():
     found = {}
-    for folder in (ROOT, ROOT / "data", ROOT / "lab"):
+    for folder in (ROOT, ROOT / "data", ROOT / "scaffold", ROOT / "lab", ROOT / "course"):
         for path in folder.glob("*.py"):
-            found[path.name] = unsafe(path.read_text(encoding="utf-8"))
+            name = path.relative_to(ROOT).as_posix()
+            found[name] = unsafe(path.read_text(encoding="utf-8"))
     assert len(found) > 15
     assert {name: places for name, places in found.items() if places} == {}
 
@@ -121,8 +116,7 @@ def test_unsafe_code_is_found(source):
 
 
 @pytest.mark.parametrize("source", [
-    "import eval\neval.main(cfg)",
-    "import eval as results\nresults.main(c)",
+    "import evaluate\nevaluate.main(cfg)",
     "model.eval()",
     "torch.load(p, weights_only=True)",
     "re.compile(x)",

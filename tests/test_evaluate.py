@@ -7,12 +7,11 @@ import shutil
 import pytest
 import torch
 
-import eval as results
+import evaluate
 import gpt
 import reward
-import sft
 from data.village import new_task
-from gpt import UserError
+from scaffold.cli import UserError
 from tiny import END, ENC, SPECIAL, save_reward, user, write_jsonl
 
 
@@ -38,15 +37,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_interval_by_hand():
-    mean, half_width = results.interval([0.0, 1.0, 0.5, 0.5])
+def test_mean_and_ci_by_hand():
+    mean, half_width = evaluate.mean_and_ci([0.0, 1.0, 0.5, 0.5])
     assert mean == 0.5
     assert half_width == pytest.approx(1.96 * math.sqrt(0.5 / 3) / 2)
 
 
 def test_rows_and_their_order(folder):
-    cfg = results.Config(out=str(folder), best_of=2, max_new_tokens=4)
-    rows = results.evaluate(cfg)
+    cfg = evaluate.Config(out=str(folder), best_of=2, max_new_tokens=4)
+    rows = evaluate.evaluate(cfg)
     stages = ["base", "sft", "sft-greedy", "best-of-2", "ppo", "same", "variant"]
     assert [r["stage"] for r in rows] == stages
     by_stage = {r["stage"]: r for r in rows}
@@ -63,7 +62,7 @@ def test_rows_and_their_order(folder):
     assert by_stage["ppo"]["n"] == 24
     assert by_stage["ppo"]["seed"] == 7
     assert by_stage["best-of-2"]["reward"] >= by_stage["sft"]["reward"] - 1
-    assert len(results.table(rows).splitlines()) == 1 + len(rows)
+    assert len(evaluate.table(rows).splitlines()) == 1 + len(rows)
     json.dumps(rows)
 
 
@@ -71,8 +70,8 @@ def test_the_win_rate_is_one_half_if_all_responses_have_equal_grades(folder, mon
     def load_grader(spec, records):
         return lambda task, response: dict(helpful=1.0, honest=0.0, harmless=0.0)
 
-    monkeypatch.setattr(sft, "gold_hook", load_grader)
-    rows = results.evaluate(results.Config(out=str(folder), best_of=0, max_new_tokens=2))
+    monkeypatch.setattr(evaluate, "load_grader", load_grader)
+    rows = evaluate.evaluate(evaluate.Config(out=str(folder), best_of=0, max_new_tokens=2))
     assert [(r["win_rate_vs_sft"], r["win_rate_ci"]) for r in rows] == [(0.5, 0.0)] * len(rows)
 
 
@@ -83,16 +82,16 @@ def test_response_logprobs_are_summed_over_the_response_and_its_end(folder):
     response = [*enc.encode_ordinary("The cow."), END]
     logprobs = gpt.token_logprobs(model, torch.tensor([prompt + response]))
     want = logprobs[0, len(prompt) - 1:].sum()
-    got = results.answer_logprobs(model, enc, [chat, chat * 3], ["The cow.", "x"])
+    got = evaluate.response_logprobs(model, enc, [chat, chat * 3], ["The cow.", "x"])
     assert torch.allclose(got[0], want, atol=1e-5)
 
 
 def test_prompts_without_tasks_are_refused(folder, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"})
     with pytest.raises(UserError, match="task"):
-        results.evaluate(results.Config(out=str(folder), prompts=str(path)))
+        evaluate.evaluate(evaluate.Config(out=str(folder), prompts=str(path)))
 
 
 def test_a_folder_without_a_fine_tuned_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="sft.py"):
-        results.evaluate(results.Config(out=str(tmp_path)))
+        evaluate.evaluate(evaluate.Config(out=str(tmp_path)))
