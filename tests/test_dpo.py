@@ -18,7 +18,8 @@ import dpo
 import gpt
 import reward
 import sft
-from data import labelers
+from data import labelers, rankings
+from scaffold import health
 from scaffold.cli import UserError
 from sft import Example
 from tiny import (
@@ -467,7 +468,7 @@ def test_the_tree_shows_known_bugs(bug):
 # Pairs
 
 def choose_pairs(responses, ranks, how, seed=0):
-    return dpo.choose_pairs(responses, ranks, how, random.Random(seed))
+    return rankings.choose_pairs(responses, ranks, how, random.Random(seed))
 
 
 def test_all_pairs_by_brute_force():
@@ -538,7 +539,7 @@ def test_flatten_without_a_pair_is_an_error():
 def test_metrics_by_hand():
     policy = torch.tensor([[-1., -2, -3], [-5, -1, -3]])
     ref = torch.tensor([[-2., -2, -2], [-2, -2, -2]])
-    row = dpo.metrics(policy, ref, *dpo.dpo_loss(*policy, *ref, 0.5))
+    row = health.dpo_metrics(policy, ref, *dpo.dpo_loss(*policy, *ref, 0.5))
     assert row == pytest.approx({
         "loss": (softplus(-2) + softplus(0.5) + softplus(0)) / 3,
         "rewards/chosen": 0.0,

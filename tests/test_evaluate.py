@@ -12,6 +12,7 @@ import gpt
 import reward
 from data.village import new_task
 from scaffold.cli import UserError
+from scaffold.table import format_table
 from tiny import END, ENC, SPECIAL, save_reward, user, write_jsonl
 
 
@@ -62,7 +63,7 @@ def test_rows_and_their_order(folder):
     assert by_stage["ppo"]["n"] == 24
     assert by_stage["ppo"]["seed"] == 7
     assert by_stage["best-of-2"]["reward"] >= by_stage["sft"]["reward"] - 1
-    assert len(evaluate.table(rows).splitlines()) == 1 + len(rows)
+    assert len(format_table(rows, evaluate.COLUMNS).splitlines()) == 1 + len(rows)
     json.dumps(rows)
 
 

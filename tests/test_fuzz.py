@@ -19,7 +19,6 @@ import shutil
 import signal
 import sqlite3
 import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
@@ -221,7 +220,7 @@ def check_comparisons(path, records, printed):
             assert all(len(ids) <= BLOCK for ids in c.rows)
             assert reward.targets(c.record).isfinite().all()
         scores = [[0.0] * len(c.rows) for c in comparisons]
-        report("fuzz", comparisons, scores, {})
+        report("fuzz", comparisons, scores, {}, None)
 
 
 def check_prompts(path, prompts, printed):
@@ -457,11 +456,16 @@ def test_any_tokenizer_loads_or_is_refused(tmp_path):
         assert attempt(get_tokenizer, path) is None
 
 
-def test_a_tokenizer_name_that_is_no_file_is_refused(tmp_path):
-    for name in ("n" * 5000, "a\0b", str(tmp_path), "no such name"):
-        unused = tmp_path / "unused"
-        refused = attempt(lambda _: tokenizer.get_tokenizer(name), unused, name="tokenizer")
-        assert refused is None
+@pytest.mark.parametrize("name", [
+    pytest.param("n" * 5000, id="5000 letters"),
+    pytest.param("a\0b", id="a NUL"),
+    pytest.param(".", id="a folder"),
+    pytest.param("no such name", id="unknown"),
+])
+def test_a_tokenizer_name_that_is_no_file_is_refused(tmp_path, name):
+    unused = tmp_path / "unused"
+    refused = attempt(lambda _: tokenizer.get_tokenizer(name), unused, name="tokenizer")
+    assert refused is None
 
 
 def test_any_database_opens_or_is_refused(tmp_path):

@@ -76,7 +76,7 @@ def reference(batch, advantage):
 
 
 def discounted_sum(rewards, gamma):
-    return sum(gamma ** l * r for l, r in enumerate(rewards))
+    return sum(gamma ** k * r for k, r in enumerate(rewards))
 
 
 def n_step(r, v, t, n, gamma):
@@ -91,7 +91,7 @@ def n_step(r, v, t, n, gamma):
 @pytest.mark.parametrize("seed", range(3))
 def test_is_the_discounted_sum_of_td_errors(gamma, lam, seed):
     def definition(r, v, t):
-        td_errors = [n_step(r, v, t + l, 1, gamma) for l in range(len(r) - t)]
+        td_errors = [n_step(r, v, k, 1, gamma) for k in range(t, len(r))]
         return discounted_sum(td_errors, gamma * lam)
 
     batch = ragged(seed)

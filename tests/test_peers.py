@@ -129,42 +129,46 @@ class Batch:
     ref_logprobs: torch.Tensor
 
 
+def random_batch(seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def noise():
+        return torch.randn(B, T, generator=g, dtype=torch.float64)
+
+    # The first rows are a whole row, one token (twice) and an empty response.
+    starts = torch.cat([torch.tensor([0, 13, 5, 0]), torch.randint(14, (5,), generator=g)])
+    random_ends = torch.randint(1, 15, (5,), generator=g).maximum(starts[4:] + 1)
+    ends = torch.cat([torch.tensor([14, 14, 6, 0]), random_ends])
+    steps = torch.arange(T)
+    mask = (steps >= starts[:, None]) & (steps < ends[:, None])       # (B, T)
+    rewards = noise()
+    values = noise()
+    advantages = noise()
+    returns = noise()
+    # Steps of this size put about half the tokens beyond the clip range, on either side.
+    old_values = values + 0.3 * noise()
+    old_logprobs = -noise().exp()
+    logprobs = old_logprobs + 0.3 * noise()
+    ref_logprobs = old_logprobs + noise()
+    return Batch(
+        mask=mask,
+        starts=starts,
+        ends=ends,
+        scores=noise()[:, 0],
+        rewards=rewards,
+        values=values.requires_grad_(),
+        old_values=old_values,
+        advantages=advantages,
+        returns=returns,
+        logprobs=logprobs.requires_grad_(),
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+    )
+
+
 def batches():
     for seed in SEEDS:
-        g = torch.Generator().manual_seed(seed)
-
-        def noise():
-            return torch.randn(B, T, generator=g, dtype=torch.float64)
-
-        # The first rows are a whole row, one token (twice) and an empty response.
-        starts = torch.cat([torch.tensor([0, 13, 5, 0]), torch.randint(14, (5,), generator=g)])
-        random_ends = torch.randint(1, 15, (5,), generator=g).maximum(starts[4:] + 1)
-        ends = torch.cat([torch.tensor([14, 14, 6, 0]), random_ends])
-        steps = torch.arange(T)
-        mask = (steps >= starts[:, None]) & (steps < ends[:, None])       # (B, T)
-        rewards = noise()
-        values = noise()
-        advantages = noise()
-        returns = noise()
-        # Steps of this size put about half the tokens beyond the clip range, on either side.
-        old_values = values + 0.3 * noise()
-        old_logprobs = -noise().exp()
-        logprobs = old_logprobs + 0.3 * noise()
-        ref_logprobs = old_logprobs + noise()
-        yield Batch(
-            mask=mask,
-            starts=starts,
-            ends=ends,
-            scores=noise()[:, 0],
-            rewards=rewards,
-            values=values.requires_grad_(),
-            old_values=old_values,
-            advantages=advantages,
-            returns=returns,
-            logprobs=logprobs.requires_grad_(),
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-        )
+        yield random_batch(seed)
 
 
 # GAE, whitening and PPO

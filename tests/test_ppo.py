@@ -899,7 +899,7 @@ def tensor(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_diagnostics_by_hand():
+def test_metrics_by_hand():
     """Two responses, of 2 tokens and of 1. The numbers of 7 and above are outside the mask.
 
     KL and entropy are sums over a response, then means over responses.
@@ -917,7 +917,7 @@ def test_diagnostics_by_hand():
         dict(pg=1.0, vf=2.0, clipfrac=0.0, ratio=1.0, approxkl=0.0, norm=3.0, vclip=0.0),
         dict(pg=2.0, vf=4.0, clipfrac=0.5, ratio=1.5, approxkl=0.2, norm=5.0, vclip=0.5),
     ]
-    row = health.diagnostics(b, returns, stats, 0.1, 1e-3, 4)
+    row = health.ppo_metrics(b, returns, stats, 0.1, 1e-3, 4)
     want = {
         "objective/kl": 1.0,
         "objective/scores": -0.5,

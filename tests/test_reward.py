@@ -13,6 +13,7 @@ import sft
 from data import labelers
 from data.formats import load_comparisons, read_comparison
 from data.rankings import pair_accuracy, report, word_scores
+from data.text import pad
 from data.tokenizer import fingerprint
 from reward import Comparison
 from scaffold.cli import UserError
@@ -235,7 +236,7 @@ def test_targets_are_centred_scores_or_else_ranks():
 def test_score_is_read_at_the_last_real_token(model):
     """The score of each string alone, read at its last token: not on padding, not one early."""
     rows = [[5, 6, 7, END], [9, END], [3] * 20 + [END], [4, 4, END]]
-    ids = gpt.pad([torch.tensor(r) for r in rows], SPECIAL["<|pad|>"])     # (B, T)
+    ids = pad([torch.tensor(r) for r in rows], SPECIAL["<|pad|>"])     # (B, T)
     lengths = torch.tensor([len(r) for r in rows])                         # (B,)
     scores = model.score(ids, lengths)
     for row, score in zip(rows, scores):
@@ -700,7 +701,8 @@ SCORES = [[0.0, 1.0, -1.0], [5.0, 6.0]]
 
 
 def test_report_by_hand():
-    row = report("held-out", two_labelers(), SCORES, {"count": [[1, 2, 3], [0, 0]]})
+    """The word counts are -12, -2 and 0, then -4 twice: a tie in scores counts half."""
+    row = report("held-out", two_labelers(), SCORES, {1: -4, 2: -1}, None)
     assert row.pop("split") == "held-out"
     assert row == pytest.approx({
         "prompts": 2,
@@ -710,7 +712,7 @@ def test_report_by_hand():
         "distance_2": 1,
         "distance_3+": 1,
         "length_alone": 2 / 4,
-        "count": 0.5 / 4,
+        "word_counts": 0.5 / 4,
         "labelers_agree": 2 / 3,
     })
 
@@ -720,9 +722,9 @@ def test_no_agreement_is_reported_without_pairs_or_without_a_second_labeler():
     for c in comparisons:
         c.record["ranks_other"] = [1] * len(c.rows)
     # Nothing to compare is not a disagreement.
-    assert math.isnan(report("x", comparisons, SCORES, {})["labelers_agree"])
+    assert math.isnan(report("x", comparisons, SCORES, {}, None)["labelers_agree"])
     comparisons.append(comparison([1, 2], [1, 1], 1))
-    assert "labelers_agree" not in report("x", comparisons, SCORES + [[1.0, 0.0]], {})
+    assert "labelers_agree" not in report("x", comparisons, SCORES + [[1.0, 0.0]], {}, None)
 
 
 # The stage as a whole
@@ -823,14 +825,15 @@ def test_a_missing_sft_model_is_trained_first_with_the_same_seed_and_device(
 
 def test_new_and_existing_rankings_make_the_same_model(train, tmp_path, monkeypatch):
     """Making rankings draws random numbers. The initial head must not depend on how many."""
-    weights = []
-    for n_draws in (0, 7):
+    path = str(ranked_file(tmp_path / "ranked.jsonl"))
+
+    def weights(n_draws):
         def ensure(*_):
             torch.rand(n_draws)
-            path = str(ranked_file(tmp_path / "ranked.jsonl"))
             return [path, path]
 
         monkeypatch.setattr(labelers, "ensure", ensure)
         _, out = train(data="", epochs=1)
-        weights.append(load_checkpoint(out / "reward.pt")["model"])
-    assert same_weights(*weights)
+        return load_checkpoint(out / "reward.pt")["model"]
+
+    assert same_weights(weights(n_draws=0), weights(n_draws=7))
