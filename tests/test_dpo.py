@@ -573,13 +573,13 @@ def test_sample_metrics_are_of_the_policys_samples():
     reference = tiny_gpt(2)
     cfg = dpo.Config(max_new_tokens=8, seed=5)
     chats = [[user(p)] for p in ("Hi", "Who bakes?", "Why?")]
-    records = [dict(prompt=chat, task=task) for chat, task in zip(chats, (100, 200, 400))]
+    prompts = [sft.render_prompt(chat, ENC) for chat in chats]
+    records = [dict(ids=ids, task=task) for ids, task in zip(prompts, (100, 200, 400))]
 
     def grade(task, text):
         return task + len(text)
 
     row = dpo.sampled(policy, reference, ENC, records, grade, cfg)
-    prompts = [sft.render_prompt(chat, ENC) for chat in chats]
     responses = gpt.generate(policy, prompts, 8, stop=END, seed=5)
     kl = 0.0
     gold = 700

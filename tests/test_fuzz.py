@@ -229,10 +229,7 @@ def check_prompts(path, prompts, printed):
         check_rendered(p["prompt"])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        try:
-            fitting = sft.fit_prompts(prompts, ENC, BLOCK, NEW_TOKENS)
-        except UserError:  # no prompt fits into the context
-            fitting = []
+        fitting = sft.fit_prompts(prompts, ENC, BLOCK - NEW_TOKENS)
     n_skipped, totals = skipped(out.getvalue())
     assert len(fitting) + n_skipped == len(prompts)
     assert totals <= {len(prompts)}

@@ -1010,7 +1010,7 @@ def test_load_prompts_reads_alpaca(tmp_path, record):
 
 def test_fit_prompts_adds_the_ids_of_the_prompt(tmp_path):
     records = [{"prompt": HI, "user": "u1"}, {"prompt": OPEN_CHAT}]
-    fitting = sft.fit_prompts(records, ENC, 64, 8)
+    fitting = sft.fit_prompts(records, ENC, 56)
     for record, fitted in zip(records, fitting, strict=True):
         ids = fitted["ids"]
         assert fitted == {**record, "ids": ids}
@@ -1021,10 +1021,15 @@ def test_fit_prompts_adds_the_ids_of_the_prompt(tmp_path):
 def test_long_prompts_are_skipped_and_counted_and_never_cut(capsys):
     n = len(sft.render_prompt(HI, ENC))
     records = [{"prompt": [user(p)]} for p in ("Hi", "Hi " * 60, "Hi", "Ho " * 60)]
-    assert len(sft.fit_prompts(records, ENC, n + 8, 8)) == 2  # an exact fit is kept
+    assert len(sft.fit_prompts(records, ENC, n)) == 2  # an exact fit is kept
     assert "2 of 4 prompts skipped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no prompt fits the context"):
-        sft.fit_prompts(records, ENC, n + 7, 8)
+    assert sft.fit_prompts(records, ENC, n - 1) == []
+
+
+def test_prompts_that_are_all_too_long_are_an_error(train, tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi " * 60}, {"prompt": "Ho " * 60})
+    with pytest.raises(UserError, match="p.jsonl: no prompt has at most 56 tokens"):
+        train(prompts=str(path), max_new_tokens=8)
 
 
 def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
@@ -1082,7 +1087,7 @@ def test_checkpoints_of_different_tokenizers_are_refused(train, checkpoints, tmp
     state = load_checkpoint(checkpoints / "reward.pt")
     change = dict(tokenizer=other, fingerprint=fingerprint(get_tokenizer(other)))
     save_checkpoint(mixed / "reward.pt", **{**state, **change})
-    with pytest.raises(UserError, match="different tokenizers"):
+    with pytest.raises(UserError, match="differ in tokenizer"):
         train(out=str(mixed))
     save_checkpoint(mixed / "reward.pt", **{**state, "fingerprint": "0" * 16})
     with pytest.raises(UserError, match="tokenizer.json has changed"):

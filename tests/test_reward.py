@@ -608,7 +608,7 @@ def test_a_response_longer_than_the_context_is_left_out_with_all_its_entries(cap
     assert c.record["ranks"] == [3, 2]
     assert c.record["ranks_other"] == [1, 3]
     assert c.record["scores"] == [0.1, 0.3]
-    assert "3 responses longer than the context are skipped" in capsys.readouterr().out
+    assert "3 responses that do not fit at all are skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="no comparison fits"):
         tokenize({**record, "responses": [long] * 3})
 
