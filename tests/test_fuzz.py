@@ -52,9 +52,10 @@ from scaffold.cli import UserError
 from scaffold.run import load_checkpoint
 from tiny import ENC, SPECIAL
 
-BLOCK = 96
-NEW_TOKENS = 16
-SECONDS = 20  # for one case; most take milliseconds, but the machine may be busy
+BLOCK = 96       # tokens of a context
+NEW_TOKENS = 16  # room for a response
+SECONDS = 20     # for one case; most take milliseconds, but the machine may be busy
+N_CASES = dict(text=150, mixture=80, tokenizer=150, database=150, checkpoint=330, folder=120)
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +211,8 @@ def check_comparisons(path, records, printed):
     with silently():
         try:
             comparisons = reward.tokenize(records, ENC, BLOCK)
-        except UserError:  # no comparison fits into the context
+        except UserError as e:
+            assert "no comparison fits the context" in str(e)
             return
         _, pairs = dpo.flatten(comparisons, "all", random.Random(0))
         assert len(pairs) == len(comparisons)
@@ -339,9 +341,6 @@ def test_a_gzip_bomb_ends_soon_and_small(tmp_path):
 
 
 # Texts
-
-N_CASES = dict(text=150, mixture=80, tokenizer=150, database=150, checkpoint=330, folder=120)
-
 
 def read_corpus(path, val_fraction=0.1):
     return text.read_corpus(path, ENC, 16, val_fraction)
