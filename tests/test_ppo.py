@@ -68,7 +68,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """A folder as the earlier stages leave it, with untrained models, and prompts and a text."""
+    """A folder as the earlier stages leave it: untrained models, prompts and a text file."""
     folder = tmp_path_factory.mktemp("chain")
     gpt.save_model(folder / "sft.pt", tiny_gpt(1), ENC, "")
     save_reward(folder / "reward.pt", tiny_reward(2))

@@ -278,7 +278,7 @@ def test_every_parameter_gets_a_gradient(model):
     assert "mean" not in dict(model.named_parameters())
 
 
-QUESTIONS = [
+PROMPTS = [
     "Hi",
     "What does the cow say?",
     "Name two animals.",
@@ -303,8 +303,8 @@ def score_alone(model, ids):
 
 
 def test_score_responses_scores_each_string_at_its_end_token(model):
-    chats = [[user(q)] for q in QUESTIONS]
-    responses = ["moo", "", "It is late. " * 30, "<|end|>", *QUESTIONS[4:]]
+    chats = [[user(p)] for p in PROMPTS]
+    responses = ["moo", "", "It is late. " * 30, "<|end|>", *PROMPTS[4:]]
     rows = [ids_of(c, r) for c, r in zip(chats, responses)]
     assert len(rows[2]) == CONTEXT  # one response is too long
     want = [score_alone(model, ids).item() for ids in rows]
@@ -318,7 +318,7 @@ def test_normalised_scores_of_sft_samples_have_mean_0_and_std_1(model):
     with torch.no_grad():
         model.head.weight.mul_(20)  # the scale is not 1 before
         model.head.bias.fill_(4)
-    chats = [[user(q)] for q in QUESTIONS * 6]
+    chats = [[user(p)] for p in PROMPTS * 6]
     records = [dict(prompt=chat) for chat in chats]
     # A prompt longer than the context gives no sample.
     records.insert(2, dict(prompt=[user("long " * 80)]))
@@ -345,7 +345,7 @@ def test_normalised_scores_of_sft_samples_have_mean_0_and_std_1(model):
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_samples_to_normalise_on_are_an_error_not_nan(model, n):
     """The std of no sample is NaN and that of one is 0: every later score would be wrong."""
-    records = [dict(prompt=[user(q)]) for q in QUESTIONS]
+    records = [dict(prompt=[user(p)]) for p in PROMPTS]
     cfg = reward.Config(normalise_on=n, max_new_tokens=8)
     with pytest.raises(UserError, match="normalise"):
         reward.normalise(model, tiny_gpt(1), ENC, records, cfg)
