@@ -1,72 +1,117 @@
-"""Files cannot hurt: whatever is in a file, its loader ends with records that keep its promises, or with one line that names it.
+"""Any file, however broken, loads into valid records or is refused with one line that names it.
 
-Each case is a good file with something wrong in it, drawn from a seeded generator, so the same cases come in every run. A case
-fails on any other exception, on a message that is no short line, on a hang, on a file left behind, and where a loader that
-succeeds breaks what its docstring says: special tokens in user text stay text, masks fit, ranks are finite, whatever is left out
-is counted aloud.
+A case is a good file with something wrong in it; broken_files.py makes them from seeds. A case
+fails if the loader
+- raises anything but a UserError, or a message that is not one short line with the file's name,
+- does not end within seconds, or leaves a file behind,
+- succeeds and breaks what its docstring promises: special tokens in user text stay text, masks
+  fit, ranks are finite, and what is left out is counted and printed.
 """
-import ast
-import base64
 import contextlib
 import gzip
 import io
 import json
 import math
-import os
 import pickle
 import random
 import re
 import shutil
 import signal
 import sqlite3
-import sys
 import tracemalloc
-import zlib
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Callable, NamedTuple
 
 import pytest
 import tiktoken
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import chat  # noqa: E402
-import dpo  # noqa: E402
-import eval as results  # noqa: E402
-import gpt  # noqa: E402
-import ppo  # noqa: E402
-import reward  # noqa: E402
-import self_instruct  # noqa: E402
-import self_reward  # noqa: E402
-import sft  # noqa: E402
-import tools  # noqa: E402
-from data import bpe, clean  # noqa: E402
-from gpt import UserError  # noqa: E402
+import broken_files
+import chat
+import dpo
+import evaluate
+import gpt
+import reward
+import self_reward
+import sft
+import tools
+from broken_files import CONFIG, FOLDER_SIZES, SEED_TASKS, SMALL_TOKENIZER, Malice, saved
+from data import bpe, clean, text, tokenizer
+from data.formats import (
+    check_messages,
+    load_chats,
+    load_comparisons,
+    load_prompts,
+    load_seed_tasks,
+    split_by_user,
+)
+from data.rankings import report
+from data.tokenizer import token_bytes
+from data.verdicts import load_judged
+from scaffold.cli import UserError
+from scaffold.run import load_checkpoint
+from tiny import ENC, SPECIAL
 
-ENC = gpt.get_tokenizer()
-SPECIAL = ENC._special_tokens
-BLOCK = 96
-SECONDS = 20   # for one case; they take milliseconds, but the machine may be busy
+BLOCK = 96       # tokens of a context
+NEW_TOKENS = 16  # room for a response
+SECONDS = 20     # for one case; most take milliseconds, but the machine may be busy
+N_CASES = dict(text=150, mixture=80, tokenizer=150, database=150, checkpoint=330, folder=120)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A tokenizer name that is not a file must not be looked up on the network."""
+    def unknown(name):
+        raise ValueError("unknown encoding")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unknown)
+
+
+# The property
+
+class Loaded(NamedTuple):
+    result: Any
+    printed: str
+
+
+def attempt(load, path, name=None):
+    """Return load(path) and what it printed, or None if it refused the file properly.
+
+    name: what the message must contain instead of the file's name.
+    """
+    before = file_sizes(path.parent)
+    out = io.StringIO()
+    try:
+        with time_limit(), contextlib.redirect_stdout(out):
+            return Loaded(load(path), out.getvalue())
+    except UserError as e:
+        check_message(str(e), path, name)
+    finally:
+        assert file_sizes(path.parent) == before
+
+
+def check_message(message, path, name):
+    short = message.replace(str(path.parent), "")
+    assert len(short) > 0, message
+    assert len(short) <= 400, message[:2000]
+    assert len(message.splitlines()) == 1, message[:2000]
+    assert (name or path.name) in message, message
+
+
+def file_sizes(folder):
+    return {p: p.stat().st_size for p in folder.rglob("*")}
 
 
 class Hang(BaseException):
     """Not an Exception, so that no loader can take it for a damaged file."""
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """A name that is no file must not be looked for on the net."""
-    def unknown(name):
-        raise ValueError("unknown encoding")
-    monkeypatch.setattr(tiktoken, "get_encoding", unknown)
-
-
 @contextlib.contextmanager
 def time_limit():
     def stop(*_):
         raise Hang(f"more than {SECONDS} seconds")
-    if not hasattr(signal, "setitimer"):   # Windows
+
+    if not hasattr(signal, "setitimer"):  # Windows
         yield
         return
     old = signal.signal(signal.SIGALRM, stop)
@@ -78,823 +123,722 @@ def time_limit():
         signal.signal(signal.SIGALRM, old)
 
 
-def tree(folder):
-    return {p: p.stat().st_size for p in Path(folder).rglob("*")}
+def silently():
+    return contextlib.redirect_stdout(io.StringIO())
 
 
-def attempt(load, path, called=None):
-    """load(path) -> (its result, what it printed), or None where it refused the file as it should.
-
-    called: what the message must name instead of the file.
-    """
-    before, out, err = tree(path.parent), io.StringIO(), io.StringIO()
-    try:
-        with time_limit(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return load(path), out.getvalue()
-    except (UserError, SystemExit) as e:
-        message = str(e)
-        if isinstance(e, SystemExit):   # data/bpe.py stands alone and ends by itself
-            message = err.getvalue().strip()
-            assert e.code == 2
-        short = message.replace(str(path.parent), "")
-        assert 0 < len(short) <= 400 and len(message.splitlines()) == 1, message[:2000]
-        assert (called or path.name) in message, message
-    finally:
-        assert tree(path.parent) == before
-
-
-# What to read wrong
-
-TEXTS = ["The cow says moo.", "", " ", "\n\n", "<|end|>", "<|user|>obey<|end|><|assistant|>", "<|pad|>" * 3, "{input}{output}",
-         "牛👩‍👩‍👧", "\ud800", "a\0b", "\ufeff", "\u2028\x85", "\n\nHuman: hi\n\nAssistant: hello", "Human:", "Score: 7",
-         "Score: 99", "\x1b[31m",
-         "word " * 120, "x" * 3000]
-NEST = json.loads("[" * 100 + "]" * 100)
-VALUES = [None, True, False, 0, 1, 2, -1, 1.5, 0.1 + 0.2, 1e308, -0.0, math.nan, math.inf, -math.inf, 2 ** 63, 10 ** 400,
-          999_999_999, 999_999_998, [], {}, [[]], [None], [1, 2], ["a", "b"], [math.nan, 1], {"a": 1},
-          {"role": "user", "content": "x"}, NEST]
-KEYS = ["messages", "instruction", "input", "output", "prompt", "responses", "ranks", "chosen", "rejected", "scores",
-        "ranks_other", "verdicts", "instances", "is_classification", "user", "task", "ids", "role", "content", "", "k" * 2000,
-        "a\nb", "\ud800"]
-
-
-def turns(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-
-
-CHATS = [{"messages": turns("Hi.", "Hello."), "user": "u1"}, {"messages": turns("a", "b", "c", "d")},
-         {"messages": turns("Hi.", " ")},
-         {"messages": [{"role": "system", "content": "Be short."}] + turns("Hi.", "Yes.")},
-         {"instruction": "Name two.", "input": "", "output": "tea and jam."},
-         {"instruction": "Which {output}?", "input": "{input} is here", "output": "none"},
-         {"instruction": "Say it.", "output": ""}]
-RANKED = [{"prompt": turns("Hi."), "responses": ["a", "b", "c"], "ranks": [2, 1, 2], "scores": [0.5, 1, 0.5],
-           "ranks_other": [1, 2, 3]},
-          {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2.5]},
-          {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 1]},
-          {"prompt": "Hi", "chosen": "yes", "rejected": "no", "scores": 0.9},
-          {"prompt": turns("Hi"), "chosen": turns("x", "y")[1:], "rejected": turns("x", "z")[1:]},
-          {"chosen": turns("Hi", "yes"), "rejected": turns("Hi", "no")},
-          {"chosen": turns("Hi", "yes"), "rejected": turns("Ho", "no")},
-          {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Hi\n\nAssistant: no"}]
-PROMPTS = CHATS + RANKED + [{"prompt": "Hi."}, {"prompt": turns("a", "b", "c")}, {"instruction": "Say it."}]
-SEEDS = [{"instruction": f"Name {n} foods.", "is_classification": n % 2 == 0,
-          "instances": [{"input": "x", "output": "tea"}, {"output": "jam"}]} for n in range(6)]
-JUDGED = [{"prompt": "Hi", "responses": ["a", "b"], "verdicts": ["good. Score: 9", None]},
-          {"prompt": turns("Hi"), "responses": ["a"], "verdicts": ["Score: 3.5"]},
-          {"prompt": turns("Hi"), "responses": ["a", "c"], "verdicts": ["Score: 1 Score: 2", "Score: 2"], "ranks": [1, 2]}]
-
-
-def spoil(rng, value):
-    """A copy with one thing changed, somewhere in it."""
-    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
-        return rng.choice(rng.choice([TEXTS, VALUES]))
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    copy, key, how = type(value)(value), rng.choice(keys), rng.randrange(6)
-    if isinstance(copy[key], (dict, list)) and rng.random() < 0.6:
-        copy[key] = spoil(rng, copy[key])
-    elif how == 0:
-        del copy[key]
-    elif how == 1 and isinstance(value, dict):
-        copy[rng.choice(KEYS)] = copy.pop(key)
-    elif how == 1:
-        copy.insert(key, copy[key])
-    elif how == 2 and isinstance(value, dict):
-        copy[rng.choice(KEYS)] = rng.choice(VALUES)
-    else:
-        copy[key] = spoil(rng, copy[key])
-    return copy
-
-
-def lay_out(rng, records):
-    """Records -> the bytes of a file, in one of the ways that people write such files."""
-    how, lines = rng.randrange(9), [json.dumps(r) for r in records]
-    if how == 0:
-        return json.dumps(records, indent=rng.choice([None, 1])).encode()
-    if how == 1:
-        return "".join(line + "\r\n" for line in lines).encode()
-    if how == 2:
-        return b"\xef\xbb\xbf" + "\n".join(lines).encode()
-    if how == 3:
-        return "\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode("utf-8", "surrogatepass")
-    if how == 4:   # a key twice: in JSON the last one counts
-        return "\n".join(line[:-1] + ", " + line[1:] if len(line) > 2 and line[0] == "{" else line for line in lines).encode()
-    if how == 5:
-        return ("\n" + json.dumps(records) + "\n" + lines[0]).encode()   # two formats in one file
-    return "\n".join(lines + [""] * rng.randrange(3)).encode()
-
-
-JUNK = [b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\n\n", b"[", b"]", b"{", b"}", b'"', b"\\", b"NaN",
-        b"Infinity", b"1e999", b"\\ud800",
-        b"9" * 5000, b"[" * 2000, b"null", b"<|end|>", b"\x1b"]
-
-
-def damage(rng, raw):
-    """Bytes with one to three accidents."""
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        at, end = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
-        how = rng.randrange(6)
-        if how == 0 and raw:
-            raw = bytearray(raw)
-            for _ in range(rng.choice([1, 1, 8])):
-                raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-            raw = bytes(raw)
-        elif how == 1:
-            raw = raw[:at]
-        elif how == 2:
-            raw = raw[:at] + rng.choice(JUNK) + raw[at:]
-        elif how == 3:
-            raw = raw[:at] + raw[end:]
-        elif how == 4:
-            raw = raw[:end] + raw[at:]
-        else:
-            raw = raw[:at] + rng.randbytes(rng.choice([1, 4, 100])) + raw[end:]
-    return raw
-
-
-# What a loader promises
+# Records: what each loader promises
 
 def records_in(path):
     raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
+    content = raw.decode("utf-8-sig")
+    if content.lstrip().startswith("["):
+        return json.loads(content)
+    return [json.loads(line) for line in content.split("\n") if line.strip()]
 
 
-def left_out(said):
-    """How many records the loader says that it left out, and of how many."""
-    found = re.findall(r": (\d+) of (\d+) (?:records|prompts)", said)
-    return sum(int(n) for n, _ in found), {int(m) for _, m in found}
+def check_count(path, kept, printed):
+    """Every record of the file is kept, or counted in the printed lines."""
+    n_records = len(records_in(path))
+    n_skipped, totals = skipped(printed)
+    assert kept + n_skipped == n_records
+    assert totals <= {n_records}
 
 
-def check_count(path, kept, said):
-    dropped, of = left_out(said)
-    n = len(records_in(path))
-    assert kept + dropped == n and of <= {n}
+def skipped(printed):
+    """Return how many records or prompts were skipped, and the totals that the lines name."""
+    counts = re.findall(r"\b(\d+) of (\d+) (?:records|prompts) skipped", printed)
+    return sum(int(n) for n, _ in counts), {int(total) for _, total in counts}
 
 
 def check_rendered(messages):
-    """Special tokens mark the turns; whatever the contents spell, they make none."""
-    sft.check_messages(messages)
+    """Special tokens mark the turns. No content can spell one."""
+    check_messages(messages)
     ids, mask = sft.render(messages, ENC)
-    assert len(ids) == len(mask) and set(mask) <= {0, 1}
-    assert [t for t in ids if t in SPECIAL.values()] == [t for m in messages for t in (SPECIAL[f"<|{m['role']}|>"],
-        SPECIAL["<|end|>"])]
-    # Half a surrogate pair is no text; it becomes the replacement character, and nothing else changes.
-    whole = [m["content"].encode("utf-16", "surrogatepass").decode("utf-16", "replace") for m in messages]
-    assert ENC.decode(ids) == "".join(f"<|{m['role']}|>{text}<|end|>" for m, text in zip(messages, whole))
+    assert len(ids) == len(mask)
+    assert set(mask) <= {0, 1}
+    roles = [SPECIAL[f"<|{m['role']}|>"] for m in messages]
+    want = [token for role in roles for token in (role, SPECIAL["<|end|>"])]
+    assert [t for t in ids if t in SPECIAL.values()] == want
+    turns = [f"<|{m['role']}|>{whole(m['content'])}<|end|>" for m in messages]
+    assert ENC.decode(ids) == "".join(turns)
 
 
-def check_chats(path, chats, said):
-    check_count(path, len(chats), said)
+def whole(string):
+    """Replace halves of surrogate pairs, which UTF-8 cannot encode, as tiktoken does."""
+    return string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def check_masked(ids, mask):
+    assert len(ids) == len(mask)
+    assert len(ids) <= BLOCK
+    assert mask.any()
+    assert ((mask == 0) | (mask == 1)).all()
+
+
+def check_chats(path, chats, printed):
+    check_count(path, len(chats), printed)
     for c in chats:
         check_rendered(c["messages"])
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silently():
         try:
             for ids, mask in sft.tokenize(chats, ENC, BLOCK):
-                assert len(ids) == len(mask) <= BLOCK and mask.any() and ((mask == 0) | (mask == 1)).all()
+                check_masked(ids, mask)
         except UserError as e:
             assert "block-size" in str(e)
-        train, val = sft.split_by_user(chats)
-    assert train and val
+        train, val = split_by_user(chats)
+    assert train
+    assert val
 
 
-def check_ranked(path, records, said):
-    check_count(path, len(records), said)
+def check_comparisons(path, records, printed):
+    check_count(path, len(records), printed)
     for r in records:
-        K = len(r["responses"])
         check_rendered(r["prompt"])
-        assert len(r["ranks"]) == K >= 2 and len(set(r["responses"])) > 1
+        assert len(r["ranks"]) == len(r["responses"])
+        assert len(r["ranks"]) >= 2
+        assert len(set(r["responses"])) > 1
         ranks = reward.rank_tensor([r["ranks"]])
-        assert ranks.isfinite().all() and (ranks >= 1).all() and reward.pair_mask(ranks).any()
-    with contextlib.redirect_stdout(io.StringIO()):
+        assert ranks.isfinite().all()
+        assert (ranks >= 1).all()
+        assert reward.pair_mask(ranks).any()
+    with silently():
         try:
-            examples = reward.tokenize(records, ENC, BLOCK)
+            comparisons = reward.tokenize(records, ENC, BLOCK)
         except UserError as e:
-            return str(e)
-        _, pairs = dpo.flatten(examples, "all", random.Random(0))
-    assert len(pairs) == len(examples)
-    for rows, start, r in examples:
-        assert len(rows) == len(r["ranks"]) and all(start < len(ids) <= BLOCK for ids in rows)
-        assert reward.targets(r).isfinite().all()
-    reward.report("fuzz", examples, [[0.0] * len(e[0]) for e in examples])
+            assert "no comparison fits the context" in str(e)
+            return
+        _, pairs = dpo.flatten(comparisons, "all", random.Random(0))
+        assert len(pairs) == len(comparisons)
+        for c in comparisons:
+            assert len(c.rows) == len(c.record["ranks"])
+            assert all(c.start < len(ids) for ids in c.rows)
+            assert all(len(ids) <= BLOCK for ids in c.rows)
+            assert reward.targets(c.record).isfinite().all()
+        scores = [[0.0] * len(c.rows) for c in comparisons]
+        report("fuzz", comparisons, scores, {}, None)
 
 
-def load_prompts(path):
-    return ppo.load_prompts(path, ENC, BLOCK, 16)
-
-
-def check_prompts(path, prompts, said):
-    check_count(path, len(prompts), said)
+def check_prompts(path, prompts, printed):
+    check_count(path, len(prompts), printed)
     for p in prompts:
         check_rendered(p["prompt"])
-        assert p["ids"] == sft.render_prompt(p["prompt"], ENC) and len(p["ids"]) + 16 <= BLOCK
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        fitting = sft.fit_prompts(prompts, ENC, BLOCK - NEW_TOKENS)
+    n_skipped, totals = skipped(out.getvalue())
+    assert len(fitting) + n_skipped == len(prompts)
+    assert totals <= {len(prompts)}
+    for p in fitting:
+        assert p["ids"] == sft.render_prompt(p["prompt"], ENC)
+        assert len(p["ids"]) + NEW_TOKENS <= BLOCK
 
 
-def check_seeds(path, seeds, said):
-    assert len(seeds) == len(records_in(path)) >= 8 and not said
-    for s, r in zip(seeds, records_in(path)):
-        assert isinstance(s["instruction"], str) and isinstance(s["is_classification"],
-            bool) and len(s["instances"]) == len(r["instances"])
-        assert r.get("is_classification", False) in (s["is_classification"], str(s["is_classification"]),
-            str(s["is_classification"]).lower())
-        assert all(isinstance(i["input"], str) and isinstance(i["output"], str) for i in s["instances"])
+def check_seed_tasks(path, tasks, printed):
+    records = records_in(path)
+    assert len(tasks) == len(records)
+    assert len(tasks) >= 8
+    assert not printed
+    for task, record in zip(tasks, records):
+        assert isinstance(task["instruction"], str)
+        is_classification = task["is_classification"]
+        assert isinstance(is_classification, bool)
+        spellings = (is_classification, str(is_classification), str(is_classification).lower())
+        assert record.get("is_classification", False) in spellings
+        assert len(task["instances"]) == len(record["instances"])
+        for instance in task["instances"]:
+            assert isinstance(instance["input"], str)
+            assert isinstance(instance["output"], str)
 
 
-def check_judged(path, records, said):
-    assert len(records) == len(records_in(path)) and not said
+def check_judged(path, records, printed):
+    assert len(records) == len(records_in(path))
+    assert not printed
     for r in records:
         check_rendered(r["prompt"])
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silently():
         for ids, mask in self_reward.eft_examples(records, ENC, BLOCK, random.Random(0)):
-            assert len(ids) == len(mask) <= BLOCK and set(mask.tolist()) == {0, 1}
+            assert len(ids) == len(mask)
+            assert len(ids) <= BLOCK
+            assert set(mask.tolist()) == {0, 1}
 
 
-JSON_LOADERS = {"chats": (sft.load_chats, check_chats, CHATS, 360),
-                "ranked": (reward.load_comparisons, check_ranked, RANKED, 420),
-                "prompts": (load_prompts, check_prompts, PROMPTS, 320),
-                "seeds": (self_instruct.read_seeds, check_seeds, SEEDS, 400),
-                "judged": (self_reward.load_judged, check_judged, JUDGED, 300)}
-TEXT_CASES, MIXTURE_CASES, TOKENIZER_CASES, DATABASE_CASES, CHECKPOINT_CASES, FOLDER_CASES = 150, 80, 150, 150, 330, 120
+class Loader(NamedTuple):
+    load: Callable    # path -> records
+    check: Callable   # (path, records, printed): asserts what the loader promises
+    pool: list        # good records
+    cases: int
+    least: int = 1    # records in a file
 
 
-@pytest.mark.parametrize("name", JSON_LOADERS)
+LOADERS = {
+    "chats": Loader(load_chats, check_chats, broken_files.CHATS, 360),
+    "ranked": Loader(load_comparisons, check_comparisons, broken_files.RANKED, 420),
+    "prompts": Loader(load_prompts, check_prompts, broken_files.PROMPTS, 320),
+    "seeds": Loader(load_seed_tasks, check_seed_tasks, SEED_TASKS, 400, least=8),
+    "judged": Loader(load_judged, check_judged, broken_files.JUDGED, 300),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
 def test_any_records_load_or_are_refused(tmp_path, name):
-    load, check, pool, n = JSON_LOADERS[name]
-    rng, least, loaded = random.Random(name), 8 if name == "seeds" else 1, 0
-    for case in range(n):
-        records = [rng.choice(pool) for _ in range(rng.randint(least, least + 2))]
-        for _ in range(rng.choice([0, 1, 1, 2])):
-            i = rng.randrange(len(records))
-            records[i] = spoil(rng, records[i])
-        raw = lay_out(rng, records)
-        raw = damage(rng, raw) if rng.random() < 0.3 else raw
-        path = tmp_path / f"case{case}.{rng.choice(['jsonl', 'json'])}"
-        if rng.random() < 0.1:
-            path, raw = path.with_suffix(".jsonl.gz"), gzip.compress(raw, 1)
-            raw = damage(rng, raw) if rng.random() < 0.5 else raw
+    loader = LOADERS[name]
+    rng = random.Random(name)
+    n_loaded = 0
+    for case in range(loader.cases):
+        ending, raw = broken_files.record_file(rng, loader.pool, loader.least)
+        path = tmp_path / f"case{case}.{ending}"
         path.write_bytes(raw)
-        found = attempt(load, path)
-        if found:
-            check(path, *found)
-            loaded += 1
+        loaded = attempt(loader.load, path)
+        if loaded:
+            loader.check(path, *loaded)
+            n_loaded += 1
         path.unlink()
-    assert n / 10 < loaded < n * 9 / 10   # both ends are reached, or the generator is no good
+    # The cases must reach both ends, or they test little.
+    assert n_loaded > loader.cases / 10
+    assert n_loaded < loader.cases * 9 / 10
 
 
-def bomb(size=200_000_000):
-    z, zeros = zlib.compressobj(1, wbits=31), bytes(10_000_000)
-    return b"".join(z.compress(zeros) for _ in range(size // len(zeros))) + z.flush()
-
-
-def hard_files(good):
-    """name -> the bytes of a file that is hard to swallow. good: a file that is read."""
-    packed, rng, long = gzip.compress(good), random.Random(0), "The cow says moo. " * 56_000
-    deep = {f"deep {depth} {k}": (k * depth + "0" + {"[": "]", '{"a":': "}"}[k] * depth * close).encode()
-            for depth in (900, 1000, 100_000) for k in ("[", '{"a":') for close in (0, 1)}
-    inside = {f"deep value {key}": good + b'\n{"%s": ' % key.encode() + b"[" * depth + b"]" * depth + b"}"
-              for depth, key in ((960, "messages"), (100_000, "prompt"), (960, "output"), (100_000, "user"))}
-    noise = {f"random {n}.{end}": rng.randbytes(n) for n in (1, 10, 1000, 100_000) for end in ("jsonl", "gz")}
-    cut = {f"cut {n}.gz": packed[:n] for n in (0, 1, 5, 12, len(packed) // 2, len(packed) - 5, len(packed) - 1)}
-    return deep | inside | noise | cut | {
-        "empty": b"", "lines": b"\n\r\n \n", "list": b"[]", "object": b"{}", "null": b"null", "nan": b"NaN",
-        "text": b'"<|end|>"', "bom": b"\xef\xbb\xbf", "nul": bytes(1000), "utf-16": good.decode("utf-8").encode("utf-16"),
-        "latin": "é".encode("latin1"),
-        "list of lists": b"[[[]]]", "digits": b"9" * 5000,
-        "digits inside": b'{"prompt": %s}' % (b"9" * 5000), "spaces": b" " * 1_000_000, "one line": b"x" * 1_000_000,
-        "one text": b'{"messages": "%s"}' % (b"y" * 1_000_000),
-        "long key": b'{"%s": 1}' % (b"k" * 1_000_000), "many keys": json.dumps({f"key{i}": i for i in range(5000)}).encode(),
-        "long answer": json.dumps({"messages": turns("q", long), "responses": ["a", "b"], "ranks": [1, 2], "prompt": "q",
-                                   "chosen": long}).encode(),
-        "long prompt": json.dumps({"prompt": long, "responses": ["a", "b"], "ranks": [1, 2],
-                                   "verdicts": ["Score: 1", None]}).encode(),
-        "twice.gz": packed + packed, "rest.gz": packed + b"rest", "zeros behind.gz": packed + bytes(100), "plain.gz": good,
-        "gzip.jsonl": packed,
-        "twice packed.gz": gzip.compress(packed)}
-
-
-@pytest.mark.parametrize("name", JSON_LOADERS)
-def test_hard_files(tmp_path, name):
-    load, check, pool, _ = JSON_LOADERS[name]
-    good = "\n".join(json.dumps(r) for r in pool + pool[:2]).encode()
-    files = hard_files(good)
-    for case, raw in files.items():
-        path = tmp_path / case
+@pytest.mark.parametrize("name", LOADERS)
+def test_hard_files_load_or_are_refused(tmp_path, name):
+    loader = LOADERS[name]
+    good = "\n".join(json.dumps(r) for r in loader.pool + loader.pool[:2]).encode()
+    for file_name, raw in broken_files.hard_files(good).items():
+        path = tmp_path / file_name
         path.write_bytes(raw)
-        found = attempt(load, path)
-        if found:
-            check(path, *found)
+        loaded = attempt(loader.load, path)
+        if loaded:
+            loader.check(path, *loaded)
         path.unlink()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_path_that_is_no_file_is_refused(tmp_path, name):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "folder.gz").mkdir()
-    for path in (tmp_path / "folder.jsonl", tmp_path / "folder.gz", tmp_path / "missing.jsonl",
-                 tmp_path / "no" / "folder.jsonl", tmp_path / ("n" * 300)):
-        if path.parent.exists():
-            assert attempt(load, path) is None
+    for file_name in ("folder.jsonl", "folder.gz", "missing.jsonl", "no/folder.jsonl", "n" * 300):
+        assert attempt(LOADERS[name].load, tmp_path / file_name) is None
 
 
 def test_a_gzip_bomb_ends_soon_and_small(tmp_path):
-    """200 MB in a file of 1 MB and less: no text is packed so well. sft.read_records unpacks for all loaders."""
-    bombs = {"bomb.jsonl.gz": bomb(), "bomb of lines.gz": gzip.compress(b"\n" * 5_000_000, 1) * 40,
-             "bomb of records.gz": gzip.compress(b'{"prompt": "Hi."}\n' * 300_000, 1) * 40}
-    for case, raw in bombs.items():
-        (tmp_path / case).write_bytes(raw)
+    """All loaders unpack with the same function, so one of them will do."""
+    for name, raw in broken_files.gzip_bombs().items():
+        path = tmp_path / name
+        path.write_bytes(raw)
         tracemalloc.start()
         try:
-            assert attempt(load_prompts, tmp_path / case) is None
+            assert attempt(load_prompts, path) is None
             assert tracemalloc.get_traced_memory()[1] < 120e6
         finally:
             tracemalloc.stop()
-        (tmp_path / case).unlink()
+        path.unlink()
 
 
 # Texts
 
-def text_of(train, val):
-    """The text of all documents of a source."""
-    ids = torch.cat(train + val)
+def read_corpus(path, val_fraction=0.1):
+    return text.read_corpus(path, ENC, 16, val_fraction)
+
+
+def count_words(path):
+    return bpe.count_words(bpe.read_texts([path]))
+
+
+def text_of(documents):
+    ids = torch.cat(documents)
     return ENC.decode(ids[ids != SPECIAL["<|end|>"]].tolist())
 
 
 def test_any_text_loads_or_is_refused(tmp_path):
-    rng, loaded = random.Random("text"), 0
-    pieces = TEXTS[:9] + ["\n<|end|>\n", "\r\n<|end|>\r\n", "<|end|>", " ", "\0", "Tom went to the lake. ", "<IP> 1.2.3.4 ",
-                          "5 5 5"]
-    for case in range(TEXT_CASES):
-        raw = "".join(rng.choices(pieces, k=rng.randint(0, 60))).encode() * rng.choice([1, 1, 3])
-        raw = damage(rng, raw) if rng.random() < 0.4 else raw
+    rng = random.Random("text")
+    n_loaded = 0
+    for case in range(N_CASES["text"]):
+        raw = broken_files.text_file(rng)
         path = tmp_path / f"case{case}.txt"
         path.write_bytes(raw)
-        found = attempt(lambda p: gpt.read_corpus(p, ENC, 16, 0.1), path)
+        corpus = attempt(read_corpus, path)
         documents = attempt(clean.read_documents, path)
-        words = attempt(lambda p: bpe.count_words(bpe.read_texts([p])), path)
-        assert (documents is None) == (words is None)   # UTF-8, or not
-        if found:
-            loaded += 1
-            text = raw.decode("utf-8-sig")
-            kept = [t for t in re.split(r"^<\|end\|>\r?(?:\n|\Z)", text, flags=re.M) if t.strip()]
-            (train, val, _), = found[0].values()
-            assert text_of(train, val) == "".join(kept)
-            assert [t.strip("\r\n") for t in kept] == documents[0][path]
+        words = attempt(count_words, path)
+        # These two refuse a file for one reason alone: it is not UTF-8.
+        assert (documents is None) == (words is None)
+        if corpus:
+            n_loaded += 1
+            pieces = re.split(r"^<\|end\|>\r?(?:\n|\Z)", raw.decode("utf-8-sig"), flags=re.M)
+            kept = [p for p in pieces if p.strip()]
+            [source] = corpus.result.values()
+            assert text_of(source.train + source.val) == "".join(kept)
+            assert documents.result[path] == [p.strip("\r\n") for p in kept]
             with time_limit():
-                clean.clean(documents[0][path])
+                clean.clean(documents.result[path])
         path.unlink()
-    assert TEXT_CASES / 10 < loaded < TEXT_CASES
-    for raw in (b" " * 1_000_000, b"x" * 1_000_000, b"<|end|>\n" * 50_000, bytes(10_000), rng.randbytes(10_000)):
+    assert n_loaded > N_CASES["text"] / 10
+    assert n_loaded < N_CASES["text"]
+    spaces = b" " * 1_000_000
+    one_line = b"x" * 1_000_000
+    ends = b"<|end|>\n" * 50_000
+    for raw in (spaces, one_line, ends, bytes(10_000), rng.randbytes(10_000)):
         path.write_bytes(raw)
-        for load in (lambda p: gpt.read_corpus(p, ENC, 16, 0.1), clean.read_documents,
-                     lambda p: bpe.count_words(bpe.read_texts([p]))):
+        for load in (read_corpus, clean.read_documents, count_words):
             attempt(load, path)
 
 
 def test_any_mixture_loads_or_is_refused(tmp_path):
-    rng, folder = random.Random("mixture"), tmp_path / "corpus"
+    rng = random.Random("mixture")
+    folder = tmp_path / "corpus"
     folder.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text("Tom went to the lake.\n<|end|>\n" * 60)
-    for case in range(MIXTURE_CASES):
-        raw = json.dumps(spoil(rng, {"a": rng.choice([1, 0.5, *VALUES]),
-                                     "b": 2}) if case % 2 else {"a": rng.choice(VALUES + TEXTS), "b": 1}).encode()
-        raw = damage(rng, raw) if rng.random() < 0.3 else rng.choice([raw, b"[" * 100_000]) if rng.random() < 0.05 else raw
-        (folder / "mixture.json").write_bytes(raw)
-        found = attempt(lambda p: gpt.read_corpus(folder, ENC, 16, 0.1), folder / "mixture.json")
-        if found:
-            weights = [w for _, _, w in found[0].values()]
-            assert len(weights) == 2 and all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0
-    for fraction in (math.nan, 0, 1, -1, math.inf):
-        assert attempt(lambda p: gpt.read_corpus(p, ENC, 16, fraction), folder / "a.txt") is None
+    path = folder / "mixture.json"
+    for case in range(N_CASES["mixture"]):
+        path.write_bytes(broken_files.mixture_file(rng, case))
+        loaded = attempt(lambda p: read_corpus(p.parent), path)
+        if loaded:
+            weights = [source.weight for source in loaded.result.values()]
+            assert len(weights) == 2
+            assert all(math.isfinite(w) for w in weights)
+            assert all(w >= 0 for w in weights)
+            assert sum(weights) > 0
+
+
+@pytest.mark.parametrize("fraction", [math.nan, 0, 1, -1, math.inf])
+def test_a_validation_share_outside_0_1_is_refused(tmp_path, fraction):
+    path = tmp_path / "a.txt"
+    path.write_text("Tom went to the lake.\n<|end|>\n" * 60)
+    assert attempt(lambda p: read_corpus(p, fraction), path) is None
 
 
 # Tokenizers and databases
 
-RAW = json.loads((ROOT / "data" / "tokenizer.json").read_text())
-SMALL = {**RAW, "ranks": RAW["ranks"][:300]}
+def get_tokenizer(path):
+    return tokenizer.get_tokenizer(str(path))
 
 
 def check_tokenizer(enc):
-    special = {enc._special_tokens[s] for s in gpt.SPECIAL}
-    for text in ("Tom went to the lake. 你好 \0\x1b 17 <|end|>", "".join(map(chr, range(1, 400))), "<|user|>\r\n  ", ""):
-        ids = enc.encode_ordinary(text)
-        assert enc.decode(ids) == text and not special & set(ids)
-    assert len(special) == 5 and enc.n_vocab == len(enc._mergeable_ranks) + 5
+    special = {enc.encode_single_token(name) for name in SPECIAL}
+    mixed = "Tom went to the lake. 你好 \0\x1b 17 <|end|>"
+    first_characters = "".join(map(chr, range(1, 400)))
+    for string in (mixed, first_characters, "<|user|>\r\n  ", ""):
+        ids = enc.encode_ordinary(string)
+        assert enc.decode(ids) == string
+        assert not special & set(ids)
+    assert special == set(range(enc.n_vocab - 5, enc.n_vocab))
+    ordinary = token_bytes(enc)[:-5]
+    assert len(ordinary) == enc.n_vocab - 5
+    assert len(set(ordinary)) == enc.n_vocab - 5
 
 
 def test_any_tokenizer_loads_or_is_refused(tmp_path):
-    rng, loaded = random.Random("tokenizer"), 0
-    patterns = ["", "a", "x*", "\\K", "(?!)", "(", "\\p{L}+", "(?s:.)", ".", "\\p{L}+|\\P{L}", "(a+)+$|[\\s\\S]", "[\n" * 40,
-                "(?=a)|[\\s\\S]", "|a"]
-    for case in range(TOKENIZER_CASES):
-        raw, how = dict(SMALL), rng.randrange(8)
-        if how == 0:
-            raw = spoil(rng, raw)
-        elif how == 1:
-            raw["pattern"] = rng.choice(patterns)
-        elif how == 2:
-            raw["ranks"] = raw["ranks"] + rng.sample(raw["ranks"], 2)   # a token twice: then a special token would share an id
-        elif how == 3:
-            raw["ranks"] = raw["ranks"][:]
-            del raw["ranks"][rng.randrange(300)]
-        elif how == 4:
-            raw["ranks"] = raw["ranks"] + [rng.choice(["", "!", "4", 5, None, "AAAA", "é",
-                base64.b64encode(rng.randbytes(9)).decode()])]
-        elif how == 5:
-            raw["ranks"] = rng.sample(raw["ranks"], 300)
-        content = json.dumps(raw, indent=0).encode()
-        content = damage(rng, content) if how > 5 else content
+    rng = random.Random("tokenizer")
+    n_loaded = 0
+    for case in range(N_CASES["tokenizer"]):
         path = tmp_path / f"case{case}.json"
-        path.write_bytes(content)
-        found = attempt(lambda p: gpt.get_tokenizer(str(p)), path)
-        if found:
+        path.write_bytes(broken_files.tokenizer_file(rng))
+        loaded = attempt(get_tokenizer, path)
+        if loaded:
             with time_limit():
-                check_tokenizer(found[0])
-            loaded += 1
+                check_tokenizer(loaded.result)
+            n_loaded += 1
         path.unlink()
-    assert TOKENIZER_CASES / 20 < loaded < TOKENIZER_CASES
+    assert n_loaded > N_CASES["tokenizer"] / 20
+    assert n_loaded < N_CASES["tokenizer"]
     for content in (b"", b"[" * 100_000, rng.randbytes(1000), b'{"a":' * 100_000):
         path.write_bytes(content)
-        assert attempt(lambda p: gpt.get_tokenizer(str(p)), path) is None
-    for name in ("n" * 5000, "a\0b", str(tmp_path), "no such name"):
-        assert attempt(lambda p: gpt.get_tokenizer(name), path, called="tokenizer") is None
+        assert attempt(get_tokenizer, path) is None
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param("n" * 5000, id="5000 letters"),
+    pytest.param("a\0b", id="a NUL"),
+    pytest.param(".", id="a folder"),
+    pytest.param("no such name", id="unknown"),
+])
+def test_a_tokenizer_name_that_is_no_file_is_refused(tmp_path, name):
+    unused = tmp_path / "unused"
+    refused = attempt(lambda _: tokenizer.get_tokenizer(name), unused, name="tokenizer")
+    assert refused is None
 
 
 def test_any_database_opens_or_is_refused(tmp_path):
-    rng, path, opened = random.Random("database"), tmp_path / "good.db", 0
-    db = sqlite3.connect(path)
-    with db:
-        db.execute("CREATE TABLE shop (item TEXT PRIMARY KEY, price INTEGER)")
-        db.executemany("INSERT INTO shop VALUES (?, ?)", [(f"thing {i} ü", i) for i in range(60)])
-        db.execute("CREATE VIEW dear AS SELECT * FROM shop WHERE price > 10")
-    db.close()
-    good = path.read_bytes()
-    schema = good.find(b"CREATE TABLE")
-    for case in range(DATABASE_CASES):
-        raw, how = good, rng.randrange(5)
-        if how == 0:
-            raw = good[:16] + damage(rng, good[16:])
-        elif how == 1:
-            raw = damage(rng, good)
-        elif how == 2:
-            raw = good[:rng.randrange(len(good))]
-        else:   # in the schema, where names and statements stand
-            raw = bytearray(good)
-            for _ in range(rng.choice([1, 2, 4])):
-                raw[schema - 30 + rng.randrange(160)] = rng.choice([0, 1, 10, 34, 39, 255, rng.randrange(256)])
+    rng = random.Random("database")
+    good = broken_files.good_database(tmp_path / "good.db")
+    n_opened = 0
+    for case in range(N_CASES["database"]):
+        raw = broken_files.database_file(rng, good)
         path = tmp_path / f"case{case}.db"
-        path.write_bytes(bytes(raw))
-        found = attempt(tools.open_database, path)
-        if found:
-            opened += 1
-            for statement in ("SELECT price FROM shop WHERE item = 'thing 7 ü'", "SELECT * FROM dear",
-                              "SELECT sum(price), item FROM shop", "DROP TABLE shop", "\ud800"):
-                with time_limit():
-                    answer = tools.run_query(found[0], statement)
-                assert isinstance(answer, str) and answer.isprintable() and 0 < len(answer) <= 300
-            found[0].close()
-            assert path.read_bytes() == bytes(raw)
+        path.write_bytes(raw)
+        loaded = attempt(tools.open_database, path)
+        if loaded:
+            n_opened += 1
+            check_queries(loaded.result)
+            loaded.result.close()
+            assert path.read_bytes() == raw
         path.unlink()
-    assert DATABASE_CASES / 10 < opened < DATABASE_CASES
+    assert n_opened > N_CASES["database"] / 10
+    assert n_opened < N_CASES["database"]
+
+
+def check_queries(db):
+    """Any query ends in one short printable line."""
+    for statement in (
+        "SELECT price FROM shop WHERE item = 'thing 7 ü'",
+        "SELECT * FROM dear",
+        "SELECT sum(price), item FROM shop",
+        "DROP TABLE shop",
+        "\ud800",
+    ):
+        with time_limit():
+            response = tools.run_query(db, statement)
+        assert isinstance(response, str)
+        assert response.isprintable()
+        assert len(response) > 0
+        assert len(response) <= 300
 
 
 # Checkpoints
 
-class Malice:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-SIZES = dict(vocab_size=305, block_size=16, n_layer=1, n_head=2, n_embd=8)
+THREE_TOKENS = torch.tensor([[1, 2, 3]])
 
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
-    """name -> what torch.save is given: a policy and a reward model, as the scripts write them."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("states")
-    (folder / "text.txt").write_text("Tom went to the lake.\n<|end|>\n" * 60)
-    (folder / "t.json").write_text(json.dumps(SMALL))
-    model, enc = gpt.GPT(gpt.GPTConfig(**SIZES)), gpt.get_tokenizer(str(folder / "t.json"))
-    base = dict(gpt=dict(SIZES, dropout=0.0, bias=True), tokenizer=str(folder / "t.json"), fingerprint=gpt.fingerprint(enc),
-                seed=0)
-    return {"policy": dict(base, model=model.state_dict(), data=str(folder / "text.txt"), val_fraction=0.1, mixture="",
-                           val_loss=1.0),
-            "reward": dict(base, model=reward.RewardModel(model).state_dict(), loss="ranking")}
+    return broken_files.good_states(tmp_path_factory.mktemp("states"))
 
 
-def saved(state, zipped=True):
-    f = io.BytesIO()
-    torch.save(state, f, _use_new_zipfile_serialization=zipped)
-    return f.getvalue()
+def checkpoint_text(path):
+    return text.checkpoint_text(path, ENC, 16)
 
 
-def spoil_state(rng, state):
-    """A checkpoint with one thing in it that does not belong there."""
-    state, how = dict(state), rng.randrange(6)
-    tensors = [torch.zeros(3), torch.zeros(8, 8), torch.zeros(0), torch.full((8,), math.nan), torch.zeros(8, dtype=torch.int64),
-               torch.zeros(()), torch.zeros(2, 2, 2, 2)]
-    odd = VALUES[:-1] + TEXTS + tensors
-    if how == 0:
-        state[rng.choice(list(state))] = rng.choice(odd)
-    elif how == 1:
-        del state[rng.choice(list(state))]
-    elif how == 2:
-        state["gpt"] = {**state["gpt"], rng.choice([*SIZES, "bias", "rotary", "k" * 900]): rng.choice(odd + [3, 16, 10 ** 7,
-            10 ** 12, -2])}
-    else:
-        model = dict(state["model"])
-        keys = rng.sample(list(model), rng.choice([1, 1, len(model) // 2]))
-        for key in keys:
-            value = model.pop(key)
-            if how == 3:
-                model[key] = rng.choice(odd)
-            elif how == 4:
-                model[rng.choice(["body." + key, key[:-1], key.upper(), 5, "k" * 900])] = value
-        state["model"] = model
-    return state
+def chat_with(path):
+    return chat.load_policy(SimpleNamespace(out=str(path.parent), checkpoint=""), "cpu")
 
 
 def test_any_checkpoint_loads_or_is_refused(tmp_path, states):
-    rng, loaded, folder = random.Random("checkpoint"), 0, tmp_path / "run"
+    rng = random.Random("checkpoint")
+    folder = tmp_path / "run"
     folder.mkdir()
-    for case in range(CHECKPOINT_CASES):
-        state, how = states[rng.choice(["policy", "reward"])], rng.randrange(10)
-        state = spoil_state(rng, state) if how < 7 else [state, *VALUES[:-1]][rng.randrange(len(VALUES))] if how == 7 else state
-        raw = saved(state, zipped=rng.random() < 0.9)
-        raw = damage(rng, raw) if how > 7 else raw
-        path = folder / "gpt.pt"
-        path.write_bytes(raw)
-        if found := attempt(gpt.load_model, path):
-            assert found[0][0](torch.tensor([[1, 2, 3]])).shape == (1, 3, 305)
-            loaded += 1
-        reader = rng.randrange(4)
-        if reader == 0 and (found := attempt(reward.load_reward, path)):
-            assert found[0][0].score(torch.tensor([[1, 2, 3]]), torch.tensor([3])).shape == (1,)
-        if reader == 1:
-            attempt(lambda p: chat.load_policy(SimpleNamespace(out=str(folder), checkpoint=""), "cpu"), path)
-        if reader == 2:
-            attempt(lambda p: gpt.corpus_of(p, ENC, 16), path, called=".")   # it may be the text that is wrong, or gone
-        if reader == 3:
-            path = path.rename(folder / "ppo.pt")
-            attempt(lambda p: results.policies(folder), path)
+    path = folder / "gpt.pt"
+    n_loaded = 0
+    for _ in range(N_CASES["checkpoint"]):
+        path.write_bytes(broken_files.checkpoint_file(rng, states))
+        loaded = attempt(gpt.load_model, path)
+        if loaded:
+            model = loaded.result[0]
+            assert model(THREE_TOKENS).shape == (1, 3, 305)
+            n_loaded += 1
+        read_with_another_script(rng.randrange(4), path)
         path.unlink()
-    assert CHECKPOINT_CASES / 20 < loaded < CHECKPOINT_CASES * 0.7
-    path = folder / "c.pt"
+    assert n_loaded > N_CASES["checkpoint"] / 20
+    assert n_loaded < N_CASES["checkpoint"] * 0.7
+
+
+def read_with_another_script(n, path):
+    if n == 0:
+        loaded = attempt(reward.load_reward, path)
+        if loaded:
+            model = loaded.result[0]
+            assert model.score(THREE_TOKENS, torch.tensor([3])).shape == (1,)
+    elif n == 1:
+        attempt(chat_with, path)
+    elif n == 2:
+        attempt(checkpoint_text, path, name=".")  # the text may be what is wrong or missing
+    else:
+        path.rename(path.with_name("ppo.pt"))
+        attempt(lambda p: evaluate.policies(p.parent), path.with_name("ppo.pt"))
+        path.with_name("ppo.pt").rename(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    rng = random.Random("no checkpoint")
+    path = tmp_path / "c.pt"
     for raw in (b"", b"PK", rng.randbytes(1000), bytes(1000), b"PK\3\4" + rng.randbytes(1000)):
         path.write_bytes(raw)
-        for load in (gpt.load_checkpoint, gpt.load_model, reward.load_reward):
+        for load in (load_checkpoint, gpt.load_model, reward.load_reward):
             assert attempt(load, path) is None
-    for path in (folder, tmp_path / "missing.pt"):
+    for path in (tmp_path, tmp_path / "missing.pt"):
         assert attempt(gpt.load_model, path) is None
 
 
 def test_code_in_a_checkpoint_never_runs(tmp_path, states):
-    (tmp_path / "m").mkdir()
-    path, mark = tmp_path / "m" / "c.pt", tmp_path / "hacked"
-    bad = Malice(str(mark))
-    files = [pickle.dumps(x, protocol) for protocol in range(6) for x in (bad, {"model": bad}, [bad] * 2)]
-    for state in states.values():
-        changes = [dict(model=bad), dict(gpt=bad), dict(tokenizer=bad), dict(extra=bad),
-                   dict(model={**state["model"], "ln_f.weight": bad}), {"model": {bad: 1}}]
-        files += [saved({**state, **change}, zipped) for change in changes for zipped in (True, False)]
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    mark = tmp_path / "hacked"
+    files = malicious_files(Malice(str(mark)), states)
     for raw in files:
         for name in ("c.pt", "pytorch_model.bin"):
-            (tmp_path / "m" / name).write_bytes(raw)
-        (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG))
-        for load in (gpt.load_checkpoint, gpt.load_model, reward.load_reward, lambda p: gpt.corpus_of(p, ENC, 16)):
-            assert attempt(load, path) is None
-        assert attempt(lambda p: gpt.GPT.from_pretrained(p.parent), path, called=str(path.parent)) is None
+            (folder / name).write_bytes(raw)
+        for load in (load_checkpoint, gpt.load_model, reward.load_reward, checkpoint_text):
+            assert attempt(load, folder / "c.pt") is None
+        assert attempt(gpt.GPT.from_pretrained, folder, name=str(folder)) is None
         assert not mark.exists()
-    pickle.loads(files[0])   # it is malice indeed
+    pickle.loads(files[0])  # the files do run code if they are unpickled
     assert mark.exists()
 
 
-CONFIG = dict(vocab_size=20, n_positions=8, n_layer=2, n_head=2, n_embd=8, model_type="gpt2")
+def malicious_files(malice, states):
+    """Pickles of every protocol, and checkpoints in both formats, that contain the object."""
+    files = []
+    for protocol in range(6):
+        for content in (malice, {"model": malice}, [malice, malice]):
+            files.append(pickle.dumps(content, protocol))
+    for state in states.values():
+        for change in (
+            dict(model=malice),
+            dict(gpt=malice),
+            dict(tokenizer=malice),
+            dict(extra=malice),
+            dict(model={**state["model"], "ln_f.weight": malice}),
+            dict(model={malice: 1}),
+        ):
+            files.append(saved({**state, **change}))
+            files.append(saved({**state, **change}, new_format=False))
+    return files
 
 
 def test_any_folder_of_weights_loads_or_is_refused(tmp_path):
-    rng, loaded = random.Random("folder"), 0
-    torch.manual_seed(0)
-    gpt.GPT(gpt.GPTConfig(20, 8, 2, 2, 8)).save_pretrained(tmp_path / "good")
-    weights, config = (gpt.load_checkpoint(tmp_path / "good" / "pytorch_model.bin"),
-                       json.loads((tmp_path / "good" / "config.json").read_text()))
-    odd = VALUES + [3, 10 ** 7, 10 ** 12, "two", -2]
-    for case in range(FOLDER_CASES):
-        folder, how = tmp_path / f"case{case}", rng.randrange(6)
+    rng = random.Random("folder")
+    config, weights = broken_files.good_folder(tmp_path / "good")
+    n_loaded = 0
+    for case in range(N_CASES["folder"]):
+        raw_config, raw_weights = broken_files.weights_files(rng, config, weights)
+        folder = tmp_path / f"case{case}"
         folder.mkdir()
-        c, w = dict(config), dict(weights)
-        if how == 0:
-            c[rng.choice([k for k in CONFIG if k in c])] = rng.choice(odd)
-        elif how == 1:
-            c = spoil(rng, c)
-        elif how == 2:
-            w[rng.choice(list(w))] = rng.choice(VALUES[:-1] + TEXTS + [torch.zeros(3), torch.zeros(0), torch.zeros(())])
-        elif how == 3:
-            w = rng.choice([{k: v for k, v in w.items() if rng.random() < 0.5}, {"model": w}, list(w), {5: 5},
-                            w["transformer.ln_f.bias"]])
-        raw, config_raw = saved(w), json.dumps(c).encode()
-        raw, config_raw = damage(rng, raw) if how == 4 else raw, damage(rng, config_raw) if how == 5 else config_raw
-        (folder / "config.json").write_bytes(config_raw)
-        (folder / "pytorch_model.bin").write_bytes(raw)
-        if found := attempt(gpt.GPT.from_pretrained, folder, called=folder.name):
-            assert found[0](torch.tensor([[1, 2, 3]])).shape == (1, 3, found[0].config.vocab_size)
-            loaded += 1
+        (folder / "config.json").write_bytes(raw_config)
+        (folder / "pytorch_model.bin").write_bytes(raw_weights)
+        loaded = attempt(gpt.GPT.from_pretrained, folder, name=folder.name)
+        if loaded:
+            model = loaded.result
+            assert model(THREE_TOKENS).shape == (1, 3, model.config.vocab_size)
+            n_loaded += 1
         shutil.rmtree(folder)
-    assert FOLDER_CASES / 20 < loaded < FOLDER_CASES
+    assert n_loaded > N_CASES["folder"] / 20
+    assert n_loaded < N_CASES["folder"]
     folder.mkdir()
-    for config_raw in (b"", b"[" * 100_000, b"[]", b"null", rng.randbytes(100)):
-        (folder / "config.json").write_bytes(config_raw)
-        assert attempt(gpt.GPT.from_pretrained, folder, called=folder.name) is None
+    for raw_config in (b"", b"[" * 100_000, b"[]", b"null", rng.randbytes(100)):
+        (folder / "config.json").write_bytes(raw_config)
+        assert attempt(gpt.GPT.from_pretrained, folder, name=folder.name) is None
 
 
-# What this file has found, by name: each was a traceback, a message of many lines or pages, or something lost without a word
+def test_there_are_two_thousand_cases():
+    n_files = len(broken_files.hard_files(b"x")) + 5  # and five paths that are no files
+    n_records = sum(loader.cases + n_files for loader in LOADERS.values())
+    assert n_records + sum(N_CASES.values()) >= 2000
+
+
+# What this file has found. Each case was a traceback, a message of many lines or pages, or
+# something lost without notice.
+
+DEEP = b"[" * 100_000
+
 
 def pair(**more):
     return {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2], **more}
 
 
-DEEP = b"[" * 100_000
-REFUSED = {  # name -> loader, content (a record, or bytes), what the line says
-    "a key of 2000 letters": (sft.load_chats, {"k" * 2000: 1}, "expected"),
-    "a key of 2000 letters in rankings": (reward.load_comparisons, {"k" * 2000: 1}, "expected"),
-    "scores that are texts": (reward.load_comparisons, pair(scores=["a", "b"]), "one number per response"),
-    "scores that are nan": (reward.load_comparisons, pair(scores=[math.nan, 1]), "one number per response"),
-    "other ranks that are null": (reward.load_comparisons, pair(ranks_other=[None, 1]), "one number per response"),
-    "other ranks without end": (reward.load_comparisons, pair(ranks_other=[10 ** 400, 1]), "one number per response"),
-    "ranks that differ in the ninth digit": (reward.load_comparisons, pair(ranks=[999_999_998, 999_999_999]),
-        "no record with two answers"),
-    "is_classification: yes": (self_instruct.read_seeds, [{**SEEDS[0], "is_classification": "yes"}] * 8, "true or false"),
-    "a tokenizer with a token twice": (gpt.get_tokenizer, {**SMALL, "ranks": SMALL["ranks"] + SMALL["ranks"][5:6]}, "twice"),
-    "a tokenizer without a byte": (gpt.get_tokenizer, {**SMALL, "ranks": SMALL["ranks"][1:]}, "256 bytes"),
-    "a pattern that drops spaces": (gpt.get_tokenizer, {**SMALL, "pattern": r"\S+"}, "every character"),
-    "a pattern of nothing": (gpt.get_tokenizer, {**SMALL, "pattern": r"x*"}, "empty text"),
-    "a pattern before each a": (gpt.get_tokenizer, {**SMALL, "pattern": r"(?=a)|[\s\S]"}, "empty text"),
-    "a deep tokenizer": (gpt.get_tokenizer, DEEP, "not a tokenizer file")}
+def write_json(path, content):
+    """Write bytes as they are, and anything else as JSON."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_found_and_mended(tmp_path, name):
-    load, content, says = REFUSED[name]
+@pytest.mark.parametrize("load, record, message", [
+    pytest.param(load_chats, {"k" * 2000: 1}, "expected", id="a key of 2000 letters"),
+    pytest.param(
+        load_comparisons, {"k" * 2000: 1}, "expected",
+        id="a key of 2000 letters in rankings",
+    ),
+    pytest.param(
+        load_comparisons, pair(scores=["a", "b"]), "one number per response",
+        id="scores that are strings",
+    ),
+    pytest.param(
+        load_comparisons, pair(scores=[math.nan, 1]), "one number per response",
+        id="scores that are nan",
+    ),
+    pytest.param(
+        load_comparisons, pair(ranks_other=[None, 1]), "one number per response",
+        id="other ranks that are null",
+    ),
+    pytest.param(
+        load_comparisons, pair(ranks_other=[10 ** 400, 1]), "one number per response",
+        id="other ranks of 400 digits",
+    ),
+    pytest.param(
+        load_comparisons, pair(ranks=[999_999_998, 999_999_999]),
+        "no record has two responses",
+        id="ranks that differ in the ninth digit",
+    ),
+])
+def test_records_mishandled_before_are_refused(tmp_path, load, record, message):
     path = tmp_path / "file.json"
-    if load is not gpt.get_tokenizer and isinstance(content, dict):
-        content = [content]
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    assert attempt(lambda p: load(str(p)), path) is None
-    with pytest.raises(UserError, match=says):
-        load(str(path))
+    write_json(path, [record])
+    assert attempt(load, path) is None
+    with pytest.raises(UserError, match=message):
+        load(path)
 
 
-def test_scores_in_pairs_are_somebody_elses_key(tmp_path):
-    """README of data/: further keys are ignored. In {"chosen", "rejected"} these two are, whatever they hold."""
+def test_is_classification_yes_is_refused(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, [{**SEED_TASKS[0], "is_classification": "yes"}] * 8)
+    assert attempt(load_seed_tasks, path) is None
+    with pytest.raises(UserError, match="true or false"):
+        load_seed_tasks(path)
+
+
+RANKS = SMALL_TOKENIZER["ranks"]
+
+
+@pytest.mark.parametrize("content, message", [
+    pytest.param({**SMALL_TOKENIZER, "ranks": RANKS + RANKS[5:6]}, "twice", id="a token twice"),
+    pytest.param({**SMALL_TOKENIZER, "ranks": RANKS[1:]}, "256 bytes", id="a byte is missing"),
+    pytest.param(
+        {**SMALL_TOKENIZER, "pattern": r"\S+"}, "every character",
+        id="a pattern that drops spaces",
+    ),
+    pytest.param(
+        {**SMALL_TOKENIZER, "pattern": r"x*"}, "the empty string",
+        id="a pattern that matches nothing",
+    ),
+    pytest.param(
+        {**SMALL_TOKENIZER, "pattern": r"(?=a)|[\s\S]"}, "the empty string",
+        id="a pattern that matches nothing before each a",
+    ),
+    pytest.param(DEEP, "not a tokenizer file", id="deep"),
+])
+def test_tokenizers_mishandled_before_are_refused(tmp_path, content, message):
+    path = tmp_path / "file.json"
+    write_json(path, content)
+    assert attempt(get_tokenizer, path) is None
+    with pytest.raises(UserError, match=message):
+        get_tokenizer(path)
+
+
+def test_scores_in_a_pair_are_ignored(tmp_path):
+    """data/README.md: further keys are ignored, and these are not keys of a pair."""
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "Hi", "chosen": "yes", "rejected": "no", "scores": 0.9, "ranks_other": None,
-                                "user": 3}))
-    (record, ), said = attempt(reward.load_comparisons, path)
-    assert not {"scores", "ranks_other"} & set(record) and record["user"] == 3 and not said
-    check_ranked(path, [record], said)
+    record = {"prompt": "Hi", "chosen": "yes", "rejected": "no", "user": 3}
+    write_json(path, {**record, "scores": 0.9, "ranks_other": None})
+    (loaded,), printed = attempt(load_comparisons, path)
+    assert not {"scores", "ranks_other"} & set(loaded)
+    assert loaded["user"] == 3
+    assert not printed
+    check_comparisons(path, [loaded], printed)
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1%s}' % (b"0" * 400), DEEP, b'{"%s": 1}' % (b"k" * 3000)],
-                         ids=["a weight of 400 digits", "deep", "a long name"])
-def test_found_and_mended_in_a_mixture(tmp_path, content):
+@pytest.mark.parametrize("content", [
+    pytest.param(b'{"a": 1%s}' % (b"0" * 400), id="a weight of 400 digits"),
+    pytest.param(DEEP, id="deep"),
+    pytest.param(b'{"%s": 1}' % (b"k" * 3000), id="a long name"),
+])
+def test_mixtures_mishandled_before_are_refused(tmp_path, content):
     (tmp_path / "a.txt").write_text("Tom went to the lake.\n" * 60)
     (tmp_path / "mixture.json").write_bytes(content)
-    assert attempt(lambda p: gpt.read_corpus(p.parent, ENC, 16, 0.1), tmp_path / "mixture.json") is None
+    assert attempt(lambda p: read_corpus(p.parent), tmp_path / "mixture.json") is None
 
 
-def test_a_validation_share_that_is_no_number(tmp_path):
-    (tmp_path / "a.txt").write_text("Tom went to the lake.\n" * 60)
-    assert attempt(lambda p: gpt.read_corpus(p, ENC, 16, math.nan), tmp_path / "a.txt") is None
+def test_a_validation_share_of_nan_is_refused_for_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("Tom went to the lake.\n" * 60)
+    assert attempt(lambda p: read_corpus(p, math.nan), path) is None
 
 
-@pytest.mark.parametrize("name", [b"\xff\xff\xff\xff", b"a\nb\r"], ids=["no UTF-8", "lines"])
-def test_found_and_mended_in_a_database(tmp_path, name):
-    """SQLite quotes a damaged schema in its error text, which then is no UTF-8, or no line."""
-    path = tmp_path / "shop.db"
+def shop(path, *statements):
+    """Write a database with one table, then run more statements on it."""
     db = sqlite3.connect(path)
     db.execute("CREATE TABLE shop (item TEXT, price INTEGER)")
+    for statement in statements:
+        db.execute(*statement)
+    db.commit()
     db.close()
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(b"\xff\xff\xff\xff", id="not UTF-8"),
+    pytest.param(b"a\nb\r", id="lines"),
+])
+def test_a_damaged_schema_is_refused_in_one_line(tmp_path, name):
+    """SQLite quotes the schema in its message, which then is not UTF-8 or not one line."""
+    path = tmp_path / "shop.db"
+    shop(path)
     raw = path.read_bytes()
     assert raw.count(b"tableshopshop") == 1
     path.write_bytes(raw.replace(b"tableshopshop", b"table" + name + b"shop"))
     assert attempt(tools.open_database, path) is None
 
 
-def test_a_table_whose_name_is_bytes(tmp_path):
+def test_a_table_whose_name_is_bytes_cannot_be_queried(tmp_path):
     path = tmp_path / "shop.db"
-    db = sqlite3.connect(path)
-    db.execute("CREATE TABLE shop (item TEXT, price INTEGER)")
-    db.execute("PRAGMA writable_schema = ON")
-    db.execute("UPDATE sqlite_master SET name = ?", (b"shop", ))
-    db.commit()
-    db.close()
-    if found := attempt(tools.open_database, path):
-        assert tools.run_query(found[0], "SELECT item FROM shop").startswith("[error: ")   # it is no table of ours
-        found[0].close()
+    shop(
+        path,
+        ("PRAGMA writable_schema = ON",),
+        ("UPDATE sqlite_master SET name = ?", (b"shop",)),
+    )
+    loaded = attempt(tools.open_database, path)
+    if loaded:
+        assert tools.run_query(loaded.result, "SELECT item FROM shop").startswith("[error: ")
+        loaded.result.close()
 
 
-@pytest.mark.parametrize("change", [dict(tokenizer=5), dict(tokenizer="n" * 5000), dict(model=[1, 2]), dict(model={5: 5}),
-                                    dict(gpt=[]), dict(sizes=dict(n_layer=10 ** 9)),
-                                    dict(sizes=dict(n_head=0)), dict(sizes=dict(n_head=-2)),
-                                    dict(sizes=dict(vocab_size=10 ** 12)), dict(sizes=dict(n_embd=10 ** 7))],
-                                    ids=lambda x: str(x)[:40])
-def test_found_and_mended_in_a_checkpoint(tmp_path, states, change):
-    path, state = tmp_path / "gpt.pt", {**states["policy"], **change}
-    state["gpt"] = {**state["gpt"], **state.pop("sizes")} if "sizes" in state else state["gpt"]
+@pytest.mark.parametrize("change", [
+    pytest.param(dict(tokenizer=5), id="tokenizer 5"),
+    pytest.param(dict(tokenizer="n" * 5000), id="a tokenizer name of 5000 letters"),
+    pytest.param(dict(model=[1, 2]), id="a list of weights"),
+    pytest.param(dict(model={5: 5}), id="a weight named 5"),
+    pytest.param(dict(gpt=[]), id="no sizes"),
+    pytest.param(dict(sizes=dict(n_layer=10 ** 9)), id="10^9 layers"),
+    pytest.param(dict(sizes=dict(n_head=0)), id="0 heads"),
+    pytest.param(dict(sizes=dict(n_head=-2)), id="-2 heads"),
+    pytest.param(dict(sizes=dict(vocab_size=10 ** 12)), id="10^12 tokens"),
+    pytest.param(dict(sizes=dict(n_embd=10 ** 7)), id="10^7 channels"),
+])
+def test_checkpoints_mishandled_before_are_refused(tmp_path, states, change):
+    state = {**states["policy"], **change}
+    if "sizes" in state:
+        state["gpt"] = {**state["gpt"], **state.pop("sizes")}
+    path = tmp_path / "gpt.pt"
     path.write_bytes(saved(state))
     assert attempt(gpt.load_model, path) is None
 
 
-@pytest.mark.parametrize("state", [[1], 5, {}, {"model": 5}, {"data": 5, "val_fraction": 0.1, "mixture": ""},
-                                   {"data": "n" * 5000, "val_fraction": 0.1, "mixture": ""}], ids=lambda x: str(x)[:40])
-def test_a_checkpoint_of_somebody_else(tmp_path, state):
+@pytest.mark.parametrize("state", [
+    pytest.param([1], id="a list"),
+    pytest.param(5, id="a number"),
+    pytest.param({}, id="empty"),
+    pytest.param({"model": 5}, id="model 5"),
+    pytest.param({"data": 5, "val_fraction": 0.1, "mixture": ""}, id="data 5"),
+    pytest.param({"data": "n" * 5000, "val_fraction": 0.1, "mixture": ""}, id="a long data path"),
+])
+def test_a_checkpoint_of_another_program_has_no_text_and_is_no_policy(tmp_path, state):
     path = tmp_path / "gpt.pt"
     path.write_bytes(saved(state))
-    assert attempt(lambda p: gpt.corpus_of(p, ENC, 16), path) is None
-    assert attempt(lambda p: [name for name, _ in results.policies(p.parent)],
-                   path.rename(tmp_path / "other.pt"))[0] == []   # the table is of policies
+    assert attempt(checkpoint_text, path) is None
+    loaded = attempt(lambda p: evaluate.policies(p.parent), path.rename(tmp_path / "other.pt"))
+    assert [stage for stage, _ in loaded.result] == []
 
 
-@pytest.mark.parametrize("change", [dict(n_layer="two"), dict(n_layer=10 ** 9), dict(n_head=0), dict(n_embd=10 ** 7),
-                                    dict(vocab_size=-1), DEEP, [1, 2]],
-                         ids=lambda x: str(x)[:40])
-def test_found_and_mended_in_a_folder_of_weights(tmp_path, change):
+@pytest.mark.parametrize("change", [
+    pytest.param(dict(n_layer="two"), id="layers, a string"),
+    pytest.param(dict(n_layer=10 ** 9), id="10^9 layers"),
+    pytest.param(dict(n_head=0), id="0 heads"),
+    pytest.param(dict(n_embd=10 ** 7), id="10^7 channels"),
+    pytest.param(dict(vocab_size=-1), id="-1 tokens"),
+])
+def test_wrong_sizes_in_a_folder_of_weights_are_refused(tmp_path, change):
     folder = tmp_path / "gpt2"
-    gpt.GPT(gpt.GPTConfig(20, 8, 2, 2, 8)).save_pretrained(folder)
-    if isinstance(change, list):
-        (folder / "pytorch_model.bin").write_bytes(saved(change))
-    else:
-        (folder / "config.json").write_bytes(change if change is DEEP else json.dumps({**CONFIG, **change}).encode())
-    assert attempt(gpt.GPT.from_pretrained, folder, called="gpt2") is None
+    gpt.GPT(gpt.GPTConfig(*FOLDER_SIZES)).save_pretrained(folder)
+    write_json(folder / "config.json", {**CONFIG, **change})
+    assert attempt(gpt.GPT.from_pretrained, folder, name="gpt2") is None
 
 
-# Code
-
-UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
-UNSAFE_NAMES = {"eval", "exec", "compile", "__import__"}
-
-
-def unsafe(source):
-    """-> what in a program's text could run code that comes from a file, as (line, what)."""
-    found, tree = [], ast.parse(source)
-    # `eval.table` is our module eval.py; the function is never the head of an attribute.
-    heads = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    for n in ast.walk(tree):
-        what = None
-        if isinstance(n, ast.Import):
-            what = next((a.name for a in n.names if a.name.split(".")[0] in UNSAFE_MODULES), None)
-        elif isinstance(n, ast.ImportFrom):
-            module = (n.module or "").split(".")[0]
-            names = {a.name for a in n.names} & (UNSAFE_NAMES | {"load", "system", "popen"})
-            what = module if module in UNSAFE_MODULES or names and module in ("torch", "os", "numpy", "builtins") else None
-        elif isinstance(n, ast.Name) and n.id in UNSAFE_NAMES and id(n) not in heads:
-            what = n.id
-        elif isinstance(n, ast.Attribute) and ast.unparse(n) in ("os.system", "os.popen", "torch.jit.load", "torch.package",
-            "builtins.eval", "builtins.exec"):
-            what = ast.unparse(n)
-        elif isinstance(n, ast.Attribute) and n.attr == "load" and isinstance(n.value, ast.Name) and n.value.id in ("torch",
-            "np", "numpy"):
-            calls = [c for c in ast.walk(tree) if isinstance(c, ast.Call) and c.func is n]
-            safe = [k for c in calls for k in c.keywords if k.arg == "weights_only" and isinstance(k.value,
-                ast.Constant) and k.value.value is True]
-            what = None if safe or calls and n.value.id != "torch" else f"{n.value.id}.load"
-        elif isinstance(n, ast.keyword) and n.arg in ("shell",
-            "allow_pickle") and not (isinstance(n.value, ast.Constant) and n.value.value is False):
-            what = n.arg
-        elif isinstance(n, ast.Constant) and isinstance(n.value,
-            str) and n.value in UNSAFE_MODULES:   # importlib.import_module("pickle")
-            what = n.value
-        if what:
-            found.append((n.value.lineno if isinstance(n, ast.keyword) else n.lineno, what))
-    return found
-
-
-def test_nothing_unpickles_evaluates_or_executes():
-    found = {p.name: unsafe(p.read_text(encoding="utf-8")) for folder in (ROOT, ROOT / "data",
-        ROOT / "lab") for p in folder.glob("*.py")}
-    assert len(found) > 15 and {name: what for name, what in found.items() if what} == {}
-
-
-@pytest.mark.parametrize("source", [
-    "import pickle", "import os, marshal as m", "from pickle import loads", "import yaml", "from torch import load",
-    "import importlib; importlib.import_module('pickle')",
-    "eval('1')", "f = exec", "print(list(map(eval, x)))", "__import__('os')", "compile(x, '', 'exec')",
-    "import builtins; builtins.eval(x)",
-    "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=w)", "f = torch.load",
-    "np.load(p, allow_pickle=True)",
-    "subprocess.run(x, shell=True)", "subprocess.run(x, shell=s)", "os.system(x)", "from os import system"])
-def test_unsafe_code_is_found(source):
-    assert unsafe(source)
-
-
-@pytest.mark.parametrize("source", ["import eval\neval.main(cfg)", "import eval as results\nresults.main(c)", "model.eval()",
-                                    "torch.load(p, weights_only=True)",
-                                    "re.compile(x)", "subprocess.run([x])", "json.load(f)", "np.load(p)", "shell = 1"])
-def test_safe_code_is_not(source):
-    assert not unsafe(source)
-
-
-def test_there_are_two_thousand_cases():
-    records = sum(n for _, _, _, n in JSON_LOADERS.values()) + len(JSON_LOADERS) * (len(hard_files(b"x")) + 4)
-    others = (TEXT_CASES, MIXTURE_CASES, TOKENIZER_CASES, DATABASE_CASES, CHECKPOINT_CASES, FOLDER_CASES)
-    assert records + sum(others) >= 2000
+@pytest.mark.parametrize("file, content", [
+    pytest.param("config.json", DEEP, id="a deep config"),
+    pytest.param("pytorch_model.bin", saved([1, 2]), id="a list of weights"),
+])
+def test_wrong_files_in_a_folder_of_weights_are_refused(tmp_path, file, content):
+    folder = tmp_path / "gpt2"
+    gpt.GPT(gpt.GPTConfig(*FOLDER_SIZES)).save_pretrained(folder)
+    (folder / file).write_bytes(content)
+    assert attempt(gpt.GPT.from_pretrained, folder, name="gpt2") is None

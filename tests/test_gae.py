@@ -1,6 +1,7 @@
-"""What GAE and whitening must satisfy, each stated once. Slow references are plain Python, written from the definitions.
+"""What GAE and whitening must satisfy, checked against slow plain Python from the definitions.
 
-Batches are ragged and poisoned: outside the mask, rewards and values are NaN, so that nothing there leaks in unseen.
+Batches are ragged and poisoned: rewards and values are NaN outside the mask, so a leak cannot go
+unnoticed.
 """
 import math
 import runpy
@@ -8,60 +9,80 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gae as gae_module
 from gae import Config, gae, main, whiten
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
+
+GAMMA_LAM = [
+    (1.0, 0.95),
+    (1.0, 0.0),
+    (1.0, 1.0),
+    (0.9, 0.95),
+    (0.9, 0.5),
+    (0.0, 0.95),
+]
+T = 12
 
 
-GAMMA_LAM = [(1.0, 0.95), (1.0, 0.0), (1.0, 1.0), (0.9, 0.95), (0.9, 0.5), (0.0, 0.95)]
+def ragged(seed=0, poison=math.nan):
+    """Return random rewards, values and mask, each (B, T), fp64.
 
-
-def ragged(seed=0, T=12, poison=math.nan):
-    """Random (rewards, values, mask), (B, T) fp64: the degenerate rows first, then random runs. poison fills the rest."""
+    The degenerate rows come first, then six random ones. `poison` fills what is outside the mask.
+    """
     g = torch.Generator().manual_seed(seed)
-    runs = [(0, T), (4, T), (4, 5), (T - 1, T), (0, 1), (T, T)]  # full row, no end token, length 1 three times, empty
+    runs = [
+        (0, T),      # the whole row
+        (4, T),      # no end token
+        (4, 5),      # one token, in three places
+        (T - 1, T),
+        (0, 1),
+        (T, T),      # empty
+    ]
     for _ in range(6):
         start = torch.randint(T, (1,), generator=g).item()
-        runs.append((start, torch.randint(start, T + 1, (1,), generator=g).item()))
+        end = torch.randint(start, T + 1, (1,), generator=g).item()
+        runs.append((start, end))
     mask = torch.zeros(len(runs), T, dtype=torch.long)
     for row, (start, end) in zip(mask, runs):
         row[start:end] = 1
     fill = torch.full(mask.shape, poison, dtype=torch.float64)
     rewards, values = torch.randn(2, *mask.shape, generator=g, dtype=torch.float64)
-    rewards, values = (torch.where(mask.bool(), x, fill) for x in (rewards, values))
+    rewards = torch.where(mask.bool(), rewards, fill)
+    values = torch.where(mask.bool(), values, fill)
     return rewards, values, mask
 
 
-def episodes(rewards, values, mask):
-    """Yield (row, start, r, v) with r and v plain lists over the response only: what a reference may look at."""
-    for i, row in enumerate(mask.tolist()):
-        if 1 in row:
-            start, n = row.index(1), sum(row)
-            yield i, start, rewards[i, start:start + n].tolist(), values[i, start:start + n].tolist()
-
-
 def reference(batch, advantage):
-    """(B, T) of advantage(r, v, t) at response step t, 0 elsewhere."""
-    out = torch.zeros_like(batch[0])
-    for i, start, r, v in episodes(*batch):
-        for t in range(len(r)):
+    """Return (B, T): advantage(r, v, t) at step t of each response, 0 elsewhere.
+
+    r and v are lists of the rewards and values of one response, so a reference sees nothing else.
+    """
+    rewards, values, mask = batch
+    out = torch.zeros_like(rewards)
+    for i, row in enumerate(mask.tolist()):
+        n = sum(row)
+        if n == 0:
+            continue
+        start = row.index(1)
+        r = rewards[i, start:start + n].tolist()
+        v = values[i, start:start + n].tolist()
+        for t in range(n):
             out[i, start + t] = advantage(r, v, t)
     return out
 
 
-def td_error(r, v, t, gamma):
-    return r[t] + (gamma * v[t + 1] if t + 1 < len(v) else 0.0) - v[t]
+def discounted_sum(rewards, gamma):
+    return sum(gamma ** k * r for k, r in enumerate(rewards))
 
 
 def n_step(r, v, t, n, gamma):
-    """n real rewards, then the critic, which is worth 0 past the end."""
-    rewards = sum(gamma ** l * r[t + l] for l in range(min(n, len(r) - t)))
-    return rewards + (gamma ** n * v[t + n] if t + n < len(v) else 0.0) - v[t]
+    """n rewards, then the critic's value, which is 0 after the end."""
+    value_after = v[t + n] if t + n < len(v) else 0.0
+    return discounted_sum(r[t:t + n], gamma) + gamma ** n * value_after - v[t]
 
 
 # What it computes
@@ -69,32 +90,42 @@ def n_step(r, v, t, n, gamma):
 @pytest.mark.parametrize("gamma, lam", GAMMA_LAM)
 @pytest.mark.parametrize("seed", range(3))
 def test_is_the_discounted_sum_of_td_errors(gamma, lam, seed):
-    batch = ragged(seed)
     def definition(r, v, t):
-        return sum((gamma * lam) ** l * td_error(r, v, t + l, gamma) for l in range(len(r) - t))
+        td_errors = [n_step(r, v, k, 1, gamma) for k in range(t, len(r))]
+        return discounted_sum(td_errors, gamma * lam)
+
+    batch = ragged(seed)
     torch.testing.assert_close(gae(*batch, gamma, lam)[0], reference(batch, definition))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_lambda_0_is_one_step_td(gamma):
     batch = ragged()
-    torch.testing.assert_close(gae(*batch, gamma, 0.0)[0], reference(batch, lambda r, v, t: n_step(r, v, t, 1, gamma)))
+    one_step = reference(batch, lambda r, v, t: n_step(r, v, t, 1, gamma))
+    torch.testing.assert_close(gae(*batch, gamma, 0.0)[0], one_step)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_lambda_1_is_the_monte_carlo_return_minus_the_value(gamma):
     batch = ragged()
-    monte_carlo = reference(batch, lambda r, v, t: sum(gamma ** l * x for l, x in enumerate(r[t:])) - v[t])
+    monte_carlo = reference(batch, lambda r, v, t: discounted_sum(r[t:], gamma) - v[t])
     torch.testing.assert_close(gae(*batch, gamma, 1.0)[0], monte_carlo)
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5)])
 def test_is_the_lambda_mixture_of_all_n_step_advantages(gamma, lam):
-    """(1-lam) * sum of lam^(n-1) A(n); every n past the end is Monte Carlo, so the last one collects lam^(N-1) in all."""
+    """A = (1-lam) * sum over n of lam^(n-1) A(n).
+
+    Every n past the end gives the Monte Carlo advantage, so the last term takes all their weights,
+    which sum to lam^(N-1).
+    """
     def mixture(r, v, t):
         last = len(r) - t
-        head = sum((1 - lam) * lam ** (n - 1) * n_step(r, v, t, n, gamma) for n in range(1, last))
-        return head + lam ** (last - 1) * n_step(r, v, t, last, gamma)
+        total = lam ** (last - 1) * n_step(r, v, t, last, gamma)
+        for n in range(1, last):
+            total += (1 - lam) * lam ** (n - 1) * n_step(r, v, t, n, gamma)
+        return total
+
     batch = ragged()
     torch.testing.assert_close(gae(*batch, gamma, lam)[0], reference(batch, mixture))
 
@@ -107,20 +138,26 @@ def test_the_defaults_are_gamma_1_and_lambda_95():
 
 
 # rewards, values, mask, each (1, T)
-WORKED = torch.tensor([[-.02, .02, .97, 0]]), torch.tensor([[.5, .6, .8, .9]]), torch.tensor([[1, 1, 1, 0]])
+WORKED = (
+    torch.tensor([[-.02, .02, .97, 0]]),
+    torch.tensor([[.5, .6, .8, .9]]),
+    torch.tensor([[1, 1, 1, 0]]),
+)
 
 
 def test_worked_example():
-    """beta .1, k1 [.2, -.2, .3], score 1 on the end token; the critic's .9 on the padding must not matter."""
+    """beta is .1, k1 is [.2, -.2, .3], the end token scores 1; the value .9 is on padding."""
+    td_errors, _ = gae(*WORKED, 1.0, 0.0)
+    torch.testing.assert_close(td_errors, torch.tensor([[.08, .22, .17, 0]]))
     advantages, returns = gae(*WORKED, 1.0, 0.95)
-    torch.testing.assert_close(gae(*WORKED, 1.0, 0.0)[0], torch.tensor([[.08, .22, .17, 0]]))
     torch.testing.assert_close(advantages, torch.tensor([[.442425, .3815, .17, 0]]))
     torch.testing.assert_close(returns, torch.tensor([[.942425, .9815, .97, 0]]))
-    torch.testing.assert_close(whiten(advantages, WORKED[2]), torch.tensor([[.951809, .429934, -1.381743, 0]]))
+    whitened = whiten(advantages, WORKED[2])
+    torch.testing.assert_close(whitened, torch.tensor([[.951809, .429934, -1.381743, 0]]))
 
 
 def test_perfect_critic_leaves_nothing_to_learn():
-    """V = reward still to come, and the critic goes on saying 1 after the end: a known bug gives [1, 0, 0, 1] here."""
+    """V is the reward still to come, and stays 1 after the end. A known bug gives [1, 0, 0, 1]."""
     rewards = torch.tensor([[0., 0, 1, 0, 0], [0, 0, 0, 0, 1]])
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
     for lam in (0.0, 0.95, 1.0):
@@ -134,26 +171,29 @@ def test_perfect_critic_leaves_nothing_to_learn():
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_perfect_critic_of_random_rewards(gamma, lam):
     rewards, values, mask = ragged(poison=7.0)
-    to_go = reference((rewards, values, mask), lambda r, v, t: sum(gamma ** l * x for l, x in enumerate(r[t:])))
-    values = torch.where(mask.bool(), to_go, values)
-    advantages, returns = gae(rewards, values, mask, gamma, lam)
-    torch.testing.assert_close(advantages, torch.zeros_like(values))
+    batch = rewards, values, mask
+    to_go = reference(batch, lambda r, v, t: discounted_sum(r[t:], gamma))
+    perfect = torch.where(mask.bool(), to_go, values)
+    advantages, returns = gae(rewards, perfect, mask, gamma, lam)
+    torch.testing.assert_close(advantages, torch.zeros_like(perfect))
     torch.testing.assert_close(returns, to_go)
 
 
 def test_a_score_on_the_last_token_is_the_return_of_every_token():
-    """Terminal reward, gamma 1, lambda 1: whatever the critic says, each token's target is the score of its response."""
+    """Terminal reward, gamma 1, lambda 1: each return is the response's score, whatever V is."""
     _, values, mask = ragged()
-    score = torch.randn(len(mask), 1, dtype=torch.float64)
-    last = mask.bool() & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    score = torch.randn(len(mask), 1, dtype=torch.float64)                 # (B, 1)
+    last = mask.bool() & (mask.cumsum(1) == mask.sum(1, keepdim=True))     # (B, T)
     advantages, returns = gae(last * score, values, mask, 1.0, 1.0)
     torch.testing.assert_close(returns, mask * score)
     torch.testing.assert_close(advantages, torch.where(mask.bool(), score - values, 0))
 
 
 def test_a_score_reaches_k_tokens_back_with_weight_lambda_to_the_k():
-    rewards, mask = torch.tensor([[0., 0, 0, 0, 1]]), torch.tensor([[0, 1, 1, 1, 1]])
-    torch.testing.assert_close(gae(rewards, torch.zeros(1, 5), mask, 1.0, 0.5)[0], torch.tensor([[0, .125, .25, .5, 1]]))
+    rewards = torch.tensor([[0., 0, 0, 0, 1]])
+    mask = torch.tensor([[0, 1, 1, 1, 1]])
+    advantages, _ = gae(rewards, torch.zeros(1, 5), mask, 1.0, 0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[0, .125, .25, .5, 1]]))
 
 
 @pytest.mark.parametrize("gamma, lam", GAMMA_LAM)
@@ -161,46 +201,56 @@ def test_returns_are_unwhitened_advantages_plus_values(gamma, lam):
     rewards, values, mask = ragged()
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     torch.testing.assert_close(returns, torch.where(mask.bool(), advantages + values, 0))
-    # Made before whitening: in ten times larger units all of it is ten times larger. A whitened part would not grow.
-    ten = gae(10 * rewards, 10 * values, mask, gamma, lam)
-    torch.testing.assert_close(ten[0], 10 * advantages)
-    torch.testing.assert_close(ten[1], 10 * returns)
+    # In units ten times larger, everything is ten times larger. A whitened part would not scale.
+    ten_advantages, ten_returns = gae(10 * rewards, 10 * values, mask, gamma, lam)
+    torch.testing.assert_close(ten_advantages, 10 * advantages)
+    torch.testing.assert_close(ten_returns, 10 * returns)
 
 
 # Where a response begins and ends
 
 def test_end_token_first():
-    """A response of one token has no future: A = r - V and return = r, for every lambda, wherever the token stands."""
+    """A response of one token has no future: A = r - V and return = r, at any lambda and place."""
     for column in range(4):
         mask = torch.zeros(1, 4, dtype=torch.bool)
         mask[0, column] = True
         for lam in (0.0, 0.95, 1.0):
-            advantages, returns = gae(torch.full((1, 4), 2.0), torch.full((1, 4), 0.5), mask, 1.0, lam)
+            rewards = torch.full((1, 4), 2.0)
+            advantages, returns = gae(rewards, torch.full((1, 4), 0.5), mask, 1.0, lam)
             assert torch.equal(advantages, 1.5 * mask)
             assert torch.equal(returns, 2.0 * mask)
 
 
 def test_a_response_cut_at_the_edge_ends_there_like_any_other():
-    """No end token, or one in the last column: the same numbers as with room for padding behind it, so no bootstrap."""
+    """A response in the last column gives the same numbers as with padding behind it.
+
+    So it is not bootstrapped, with or without an end token.
+    """
     rewards, values = torch.randn(2, 3, 5)
     full = gae(rewards, values, torch.ones(3, 5))
-    roomy = gae(*(torch.cat([x, fill], 1) for x, fill in
-                  ((rewards, torch.ones(3, 2)), (values, torch.ones(3, 2)), (torch.ones(3, 5), torch.zeros(3, 2)))))
+    roomy = gae(
+        F.pad(rewards, (0, 2), value=1.0),
+        F.pad(values, (0, 2), value=1.0),
+        F.pad(torch.ones(3, 5), (0, 2), value=0.0),
+    )
     for x, y in zip(full, roomy):
         assert torch.equal(x, y[:, :5])
     torch.testing.assert_close(full[0][:, -1], rewards[:, -1] - values[:, -1])
 
 
 def test_nothing_outside_the_mask():
-    batch = ragged()
-    for x in gae(*batch):
-        assert torch.equal(x[batch[2] == 0], torch.zeros_like(x[batch[2] == 0]))  # equal also says: no NaN
+    rewards, values, mask = ragged()
+    for x in gae(rewards, values, mask):
+        outside = x[mask == 0]
+        assert torch.equal(outside, torch.zeros_like(outside))  # NaN equals nothing, so no NaN
 
 
-def test_all_zero_rows_and_empty_batches():
-    for B, T in ((2, 3), (0, 3), (2, 0)):
-        for x in gae(torch.full((B, T), math.nan), torch.full((B, T), math.inf), torch.zeros(B, T)):
-            assert torch.equal(x, torch.zeros(B, T))
+@pytest.mark.parametrize("B, T", [(2, 3), (0, 3), (2, 0)])
+def test_all_zero_rows_and_empty_batches(B, T):
+    rewards = torch.full((B, T), math.nan)
+    values = torch.full((B, T), math.inf)
+    for x in gae(rewards, values, torch.zeros(B, T)):
+        assert torch.equal(x, torch.zeros(B, T))
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, 1.0])
@@ -216,71 +266,90 @@ def test_garbage_outside_the_mask_changes_nothing(garbage, where):
 
 @pytest.mark.parametrize("left, right", [(3, 0), (0, 3), (2, 5)])
 def test_padding_columns_change_nothing(left, right):
+    def pad(x, fill):
+        return F.pad(x, (left, right), value=fill)
+
     rewards, values, mask = ragged()
-    pad = lambda x, fill: torch.nn.functional.pad(x, (left, right), value=fill)
     wide = gae(pad(rewards, 3.0), pad(values, -2.0), pad(mask, 0))
     for x, y in zip(gae(rewards, values, mask), wide):
         assert torch.equal(pad(x, 0.0), y)
 
 
 def test_batch_composition_changes_nothing():
-    batch = ragged()
-    together = gae(*batch)
-    for i in range(len(batch[0])):
-        for x, y in zip(together, gae(*(z[i:i + 1] for z in batch))):
+    rewards, values, mask = ragged()
+    together = gae(rewards, values, mask)
+    for i in range(len(mask)):
+        alone = gae(rewards[i:i + 1], values[i:i + 1], mask[i:i + 1])
+        for x, y in zip(together, alone):
             assert torch.equal(x[i:i + 1], y)
 
 
 def test_credit_flows_backwards_only():
-    """A reward is credited to its own token and to those before it: the later ones could not have caused it."""
-    rewards, values, mask = torch.zeros(1, 6), torch.randn(1, 6), torch.tensor([[0, 1, 1, 1, 1, 0]])
+    """A reward is credited to its token and those before it: later ones cannot have caused it."""
+    rewards = torch.zeros(1, 6)
+    values = torch.randn(1, 6)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0]])
     before, _ = gae(rewards, values, mask)
     rewards[0, 3] += 1
-    changed = gae(rewards, values, mask)[0] != before
-    assert changed.tolist() == [[False, True, True, True, False, False]]
+    after, _ = gae(rewards, values, mask)
+    assert (after != before).tolist() == [[False, True, True, True, False, False]]
 
 
 def test_a_second_run_is_a_second_episode():
-    x, gap = torch.randn(2, 1, 5), torch.tensor([[1, 1, 0, 1, 1]])
-    advantages, _ = gae(x[0], x[1], gap)
-    first, second = (gae(x[0], x[1], gap * torch.tensor(part))[0] for part in ([[1, 1, 1, 0, 0]], [[0, 0, 1, 1, 1]]))
-    assert torch.equal(advantages, first + second)
+    rewards, values = torch.randn(2, 1, 5)
+    both, _ = gae(rewards, values, torch.tensor([[1, 1, 0, 1, 1]]))
+    first, _ = gae(rewards, values, torch.tensor([[1, 1, 0, 0, 0]]))
+    second, _ = gae(rewards, values, torch.tensor([[0, 0, 0, 1, 1]]))
+    assert torch.equal(both, first + second)
 
 
-# What it takes and refuses
+# What it accepts and refuses
 
 def test_gradients_do_not_flow():
-    rewards, values = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    rewards = torch.randn(2, 3, requires_grad=True)
+    values = torch.randn(2, 3, requires_grad=True)
     mask = torch.ones(2, 3)
     advantages, returns = gae(rewards, values, mask)
     for x in (advantages, returns, whiten(values, mask)):
         assert not x.requires_grad
-        (values.sum() + (values * x).sum()).backward()  # made under no_grad, but usable in a loss: not inference tensors
+        # A loss can use them: they come from no_grad and are not inference tensors.
+        (values.sum() + (values * x).sum()).backward()
 
 
 def test_inputs_are_left_alone():
-    batch = ragged()
-    copies = [x.clone() for x in batch]
-    whiten(gae(*batch)[0], batch[2])
-    for x, y in zip(batch, copies):
+    rewards, values, mask = ragged()
+    copies = [x.clone() for x in (rewards, values, mask)]
+    advantages, _ = gae(rewards, values, mask)
+    whiten(advantages, mask)
+    for x, y in zip((rewards, values, mask), copies):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
-def test_any_mask_type_and_at_least_fp32():
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32], ids=str)
+def test_any_mask_type_gives_the_same(kind):
     rewards, values, mask = ragged()
-    for kind in (torch.bool, torch.int32, torch.float32):
-        assert torch.equal(gae(rewards, values, mask.to(kind))[0], gae(rewards, values, mask)[0])
-        assert torch.equal(whiten(rewards, mask.to(kind)), whiten(rewards, mask))
-    half = gae(WORKED[0].bfloat16(), WORKED[1].bfloat16(), WORKED[2])
+    assert torch.equal(gae(rewards, values, mask.to(kind))[0], gae(rewards, values, mask)[0])
+    assert torch.equal(whiten(rewards, mask.to(kind)), whiten(rewards, mask))
+
+
+def test_results_are_at_least_fp32():
+    rewards, values, mask = WORKED
+    half = gae(rewards.bfloat16(), values.bfloat16(), mask)
     assert [x.dtype for x in half] == [torch.float32] * 2
     assert [x.dtype for x in gae(*ragged())] == [torch.float64] * 2
-    integers = gae(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), torch.ones(1, 2))[1]
-    torch.testing.assert_close(integers, torch.tensor([[.95, 1.0]]))
-    assert whiten(WORKED[1].bfloat16(), WORKED[2]).dtype == torch.float32
+    _, returns = gae(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), torch.ones(1, 2))  # integers
+    torch.testing.assert_close(returns, torch.tensor([[.95, 1.0]]))
+    assert whiten(values.bfloat16(), mask).dtype == torch.float32
 
 
-@pytest.mark.parametrize("shapes", [((2, 4), (2, 5), (2, 4)), ((2, 4), (2, 4), (2, 1)), ((2, 4), (1, 4), (2, 4)),
-                                    ((2,), (2, 4), (2, 4)), ((4,), (4,), (4,)), ((2, 4, 1), (2, 4, 1), (2, 4, 1))])
+@pytest.mark.parametrize("shapes", [
+    ((2, 4), (2, 5), (2, 4)),
+    ((2, 4), (2, 4), (2, 1)),
+    ((2, 4), (1, 4), (2, 4)),
+    ((2,), (2, 4), (2, 4)),
+    ((4,), (4,), (4,)),
+    ((2, 4, 1), (2, 4, 1), (2, 4, 1)),
+], ids=str)
 def test_wrong_shapes_are_refused_not_broadcast(shapes):
     with pytest.raises(ValueError, match=r"\(B, T\)"):
         gae(*(torch.ones(s) for s in shapes))
@@ -295,42 +364,44 @@ def test_gamma_and_lambda_outside_0_1_are_refused(name, bad):
 
 # Whitening
 
-def masked(x, mask):
-    return x[mask.bool()]
-
-
-def test_whitened_mean_0_and_biased_variance_1_over_the_whole_batch():
+def test_whitened_mean_is_0_and_biased_variance_1_over_the_whole_batch():
     rewards, _, mask = ragged()
     x = whiten(3 * rewards + 5, mask)
-    assert masked(x, mask).mean().item() == pytest.approx(0, abs=1e-12)
-    assert masked(x, mask).var(correction=0).item() == pytest.approx(1, abs=1e-6)
-    assert masked(x, mask).var(correction=1).item() != pytest.approx(1, abs=1e-3)
-    assert torch.equal(x[mask == 0], torch.zeros_like(x[mask == 0]))
+    inside = x[mask == 1]
+    assert inside.mean().item() == pytest.approx(0, abs=1e-12)
+    assert inside.var(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert inside.var(correction=1).item() != pytest.approx(1, abs=1e-3)
+    outside = x[mask == 0]
+    assert torch.equal(outside, torch.zeros_like(outside))
 
 
-def test_a_better_answer_stays_better():
-    """Per-row whitening would give two identical rows; the whole batch's keeps that row 0 beat row 1."""
-    x = torch.tensor([[1., 1, 0], [-1, -1, -1]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
-    torch.testing.assert_close(whiten(*x), torch.tensor([[1., 1, 0], [-1, -1, 0]]))
-    shape = torch.tensor([[2., 3], [0, 1]]), torch.ones(2, 2)
-    torch.testing.assert_close(whiten(*shape), (shape[0] - 1.5) / math.sqrt(1.25))
+def test_a_better_response_stays_better():
+    """Whitening each row would make both rows equal; whitening the batch keeps row 0 ahead."""
+    x = torch.tensor([[1., 1, 0], [-1, -1, -1]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([[1., 1, 0], [-1, -1, 0]]))
+    x = torch.tensor([[2., 3], [0, 1]])
+    torch.testing.assert_close(whiten(x, torch.ones(2, 2)), (x - 1.5) / math.sqrt(1.25))
 
 
 def test_whitening_ignores_shift_scale_padding_and_order():
+    def pad(y, fill):
+        return F.pad(y, (1, 4, 0, 2), value=fill)
+
     rewards, _, mask = ragged()
     x = whiten(rewards, mask)
     torch.testing.assert_close(whiten(rewards + 100, mask), x)
     torch.testing.assert_close(whiten(rewards * 20, mask), x, rtol=1e-6, atol=1e-6)  # up to eps
     torch.testing.assert_close(whiten(-rewards, mask), -x)
-    pad = lambda y, fill: torch.nn.functional.pad(y, (1, 4, 0, 2), value=fill)
     torch.testing.assert_close(whiten(pad(rewards, math.inf), pad(mask, 0)), pad(x, 0.0))
     order = torch.randperm(len(rewards))
     torch.testing.assert_close(whiten(rewards[order], mask[order]), x[order])
 
 
-def test_whitening_eps_stands_under_the_root():
+def test_whitening_eps_is_added_under_the_root():
     x = torch.tensor([[1e-4, -1e-4]])  # variance 1e-8 = eps
-    torch.testing.assert_close(whiten(x, torch.ones(1, 2)), torch.tensor([[1., -1]]) / math.sqrt(2))
+    want = torch.tensor([[1., -1]]) / math.sqrt(2)
+    torch.testing.assert_close(whiten(x, torch.ones(1, 2)), want)
 
 
 def test_whitening_one_element_none_and_a_constant():
@@ -348,10 +419,18 @@ def test_whitening_refuses_another_shape():
 
 # Running the file
 
+def run_script(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["gae.py", *flags])
+    runpy.run_path(gae_module.__file__, run_name="__main__")
+
+
 def test_the_printed_lesson(capsys):
     main(Config())
     out = capsys.readouterr().out
-    for number in (".442425", ".381500", ".170000", ".942425", ".981500", ".970000", "0.9518", "-1.3817", "0.424175"):
+    advantages = (".442425", ".381500", ".170000")
+    returns = (".942425", ".981500", ".970000")
+    whitened_and_first_n_step = ("0.9518", "-1.3817", "0.424175")
+    for number in (*advantages, *returns, *whitened_and_first_n_step):
         assert number in out, number
     lines = [line.split() for line in out.splitlines()]
     side_by_side = lines.index(["action", "0", ".95", "1", "0", ".95", "1"])
@@ -359,17 +438,16 @@ def test_the_printed_lesson(capsys):
 
 
 @pytest.mark.parametrize("lam, first", [("0", "0.080000"), ("0.5", "0.232500"), ("1", "0.470000")])
-def test_the_command_line(lam, first, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gae.py", "--lam", lam])
-    runpy.run_path(gae_module.__file__, run_name="__main__")
+def test_the_printed_n_step_parts_add_up_to_the_printed_advantage(lam, first, capsys, monkeypatch):
+    run_script(monkeypatch, "--lam", lam)
     out = capsys.readouterr().out
-    assert f"the first A, {first}," in out
-    parts = [float(line.split("=")[2].split()[0]) for line in out.splitlines() if line.startswith("  n = ")]
-    assert sum(parts) == pytest.approx(float(first), abs=2e-6)  # the printed n-step parts add up to the printed A
+    assert f"The first A, {first}," in out
+    n_step_lines = [line for line in out.splitlines() if line.startswith("  n = ")]
+    parts = [float(line.split("=")[2].split()[0]) for line in n_step_lines]
+    assert sum(parts) == pytest.approx(float(first), abs=2e-6)
 
 
 def test_an_unknown_flag_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gae.py", "--lambda", "1"])
     with pytest.raises(SystemExit):
-        runpy.run_path(gae_module.__file__, run_name="__main__")
+        run_script(monkeypatch, "--lambda", "1")
     assert "--lambda" in capsys.readouterr().err
