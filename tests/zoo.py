@@ -282,8 +282,8 @@ MUTANTS = [
     Mutant(
         name="ptx-same-batch",
         file="ppo.py",
-        old="draw_documents(text, odds, cfg.ptx_tokens, T, rng)",
-        new="draw_documents(text, odds, cfg.ptx_tokens, T, random.Random(cfg.seed))",
+        old="draw_documents(sources, odds, cfg.ptx_tokens, T, rng)",
+        new="draw_documents(sources, odds, cfg.ptx_tokens, T, random.Random(cfg.seed))",
         bug="the text of the ptx term starts again in each update",
         published="InstructLLaMA rl_ppo.py",
         tests="ppo"),
@@ -544,8 +544,8 @@ MUTANTS = [
     Mutant(
         name="dpo-same-text",
         file="data/rankings.py",
-        old="for i, j in ranked_pairs(ranks) if responses[i] != responses[j]]",
-        new="for i, j in ranked_pairs(ranks)]",
+        old="for i, j in ranked_pairs(in_fp32) if responses[i] != responses[j]]",
+        new="for i, j in ranked_pairs(in_fp32)]",
         bug="chosen and rejected may be the same text",
         published="rlhf-book #503",
         tests="dpo"),
