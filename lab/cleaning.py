@@ -1,4 +1,4 @@
-"""Cleaning: how much junk does data/clean.py find, how much good text does it drop, is it worth it?
+"""Cleaning: how much junk does data/clean.py find, how much good text does it drop, does it pay?
 
 Claim. Cleaning is worth more than tricks of training. At equal tokens, a model trained on cleaned
 text has a lower loss on good text than a model trained on polluted text, and it remembers fewer of
@@ -35,6 +35,7 @@ import gpt
 from data import clean, corpus, junk
 from data.text import Source, draw_documents, pack, pad
 from data.tokenizer import end_of, get_tokenizer
+from lab.cot import mean
 from scaffold.cli import require, run_folder, start
 from scaffold.optim import adamw, lr_at
 from scaffold.run import log_metrics, set_seed, take_step
@@ -264,10 +265,6 @@ def print_personal(personal):
     print(f"  other forms: {forms}")
     print(f"  precision {personal.precision:.1%}; {personal.harmless:.1%} of the harmless numbers "
           f"masked, such as {personal.examples[:4]}")
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def print_loss(table):
