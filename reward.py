@@ -228,7 +228,7 @@ def normalise(model, policy, enc, records, cfg):
     fitting = sft.fit_prompts(records, enc, policy.config.block_size - 1)
     chats = [r["prompt"] for r in fitting[:cfg.normalise_on]]
     if len(chats) < 2:
-        raise UserError("fewer than 2 prompts fit the context; use a larger --block-size")
+        raise UserError(f"--normalise-on: {len(chats)} prompts fit the context; 2 are needed")
     responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     model.mean.zero_()
     model.std.fill_(1)

@@ -68,7 +68,7 @@ def test_rows_and_their_order(folder):
 
 
 def test_the_win_rate_is_one_half_if_all_responses_have_equal_grades(folder, monkeypatch):
-    def load_grader(spec, records):
+    def load_grader(spec, records, flag):
         return lambda task, response: dict(helpful=1.0, honest=0.0, harmless=0.0)
 
     monkeypatch.setattr(evaluate, "load_grader", load_grader)

@@ -40,7 +40,7 @@ EXCEPTIONS = {
     ("self_instruct", "lab.instruction_quality"): "measures of the tasks it made",
     ("self_reward", "lab.judge_quality"): "measures of its table",
 }
-REQUIRED = {"torch", "numpy", "tiktoken", "tqdm", "regex"}  # regex comes with tiktoken
+REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
 OPTIONAL = {"safetensors", "matplotlib"}  # imported only where a user asks for them
 
 

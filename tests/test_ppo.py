@@ -1028,7 +1028,7 @@ def test_long_prompts_are_skipped_and_counted_and_never_cut(capsys):
 
 def test_prompts_that_are_all_too_long_are_an_error(train, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi " * 60}, {"prompt": "Ho " * 60})
-    with pytest.raises(UserError, match="p.jsonl: no prompt has at most 56 tokens"):
+    with pytest.raises(UserError, match="p.jsonl: no prompt fits the context"):
         train(prompts=str(path), max_new_tokens=8)
 
 

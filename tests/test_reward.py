@@ -347,7 +347,7 @@ def test_too_few_samples_to_normalise_on_are_an_error_not_nan(model, n):
     """The std of no sample is NaN and that of one is 0: every later score would be wrong."""
     records = [dict(prompt=[user(p)]) for p in PROMPTS]
     cfg = reward.Config(normalise_on=n, max_new_tokens=8)
-    with pytest.raises(UserError, match="normalise"):
+    with pytest.raises(UserError, match="--normalise-on"):
         reward.normalise(model, tiny_gpt(1), ENC, records, cfg)
 
 

@@ -493,7 +493,7 @@ def test_a_step_with_nan_or_inf_changes_no_weight(bad, where):
 
 def test_a_nan_names_step_batch_and_checkpoint(whole, tmp_path):
     """The checkpoint it names is the last good state: resuming there gives the whole run."""
-    where = r"small, step 10: loss nan.*; batch \[10, 11\]"
+    where = r"small, step 10: loss nan.*; batch of records \[10, 11\]"
     good = r"last good checkpoint: .*small\.state, of step 8"
     with pytest.raises(Diverged, match=f"{where}; {good}") as e:
         small(tmp_path, nan_at=10)
@@ -525,7 +525,7 @@ def test_a_script_stops_at_an_infinite_loss(tmp_path, monkeypatch, capsys):
     [line] = [x for x in capsys.readouterr().err.splitlines() if "last good" in x]
     assert e.value.code == 2
     assert "step 5" in line
-    ids = json.loads(re.search(r"batch (\[.*?\])", line)[1])
+    ids = json.loads(re.search(r"batch of token ids (\[.*?\])", line)[1])
     assert "miller" in ENC.decode(ids)
     assert "gpt.state, of step 4" in line
     assert not (out / "gpt.pt").exists()
