@@ -2,6 +2,7 @@
 
     python results/figures.py        the figure needs matplotlib; without it, the tables alone
 """
+import argparse
 import json
 import re
 import statistics
@@ -250,6 +251,7 @@ def figure(plt):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     made = tables()
     write_tables(made)
     for name, table in made.items():
