@@ -13,6 +13,7 @@ from scaffold.cli import (
     RunConfig,
     UserError,
     brief,
+    check_name,
     choose,
     fail,
     field_help,
@@ -125,6 +126,13 @@ def test_choose_names_the_flag_the_value_and_the_choices():
     choose(SimpleNamespace(my_loss="b"), "my_loss", "a", "b", "c")
     with pytest.raises(UserError, match="--my-loss d: choose a, b or c"):
         choose(SimpleNamespace(my_loss="d"), "my_loss", "a", "b", "c")
+
+
+def test_a_name_is_no_path_and_no_other_stage():
+    check_name(SimpleNamespace(name="ppo-2"), "gpt", "sft")
+    for name in ("", "base", "sft", "a/b"):
+        with pytest.raises(UserError, match=f"--name {name}: must be neither"):
+            check_name(SimpleNamespace(name=name), "gpt", "sft")
 
 
 def test_run_folder_takes_a_folder_or_a_new_name_but_no_file(tmp_path):

@@ -574,7 +574,9 @@ def test_load_grader():
     assert load_grader("json:loads", [{"task": {"kind": "x"}}, {"task": "summarise"}]) is None
 
 
-@pytest.mark.parametrize("spec", ["json", "json:gone", "gone.module:x", "a:b:c"])
+@pytest.mark.parametrize("spec", ["json", "json:gone", "gone.module:x", "a:b:c", ".relative:x"])
 def test_a_grader_that_cannot_be_loaded_is_named(spec):
-    with pytest.raises(UserError, match="--gold"):
+    with pytest.raises(UserError, match=f"--gold {spec}: "):
         load_grader(spec, [])
+    with pytest.raises(UserError, match=f"--grade {spec}: "):
+        load_grader(spec, [], "--grade")

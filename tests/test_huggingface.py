@@ -97,6 +97,20 @@ def test_the_layout_of_the_hub_is_read(tmp_path):
     assert torch.equal(gpt.GPT.from_pretrained(tmp_path).eval()(ids), model(ids))
 
 
+def test_tensors_that_a_model_has_no_place_for_are_skipped(tmp_path):
+    """Such as the layers of a deeper model, or a head of another task."""
+    model = random_gpt(dtype=torch.float32, n_layer=3)
+    ids = torch.tensor(random_ids([20]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(torch.load(path) | {"score.weight": torch.ones(2, 32)}, path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"n_layer": 3', '"n_layer": 2'))
+    shallow = gpt.GPT.from_pretrained(tmp_path).eval()
+    del model.h[2]
+    assert torch.equal(shallow(ids), model(ids))
+
+
 DAMAGES = [
     "no folder",
     "no config",

@@ -23,7 +23,6 @@ import gpt
 import ppo
 import reward
 import sft
-from data.formats import load_prompts
 from data.tokenizer import fingerprint, get_tokenizer
 from scaffold import health
 from scaffold import run as training
@@ -33,9 +32,7 @@ from tiny import (
     END,
     ENC,
     ROOT,
-    SPECIAL,
     Recorder,
-    assistant,
     read_jsonl,
     same_weights,
     save_reward,
@@ -946,118 +943,10 @@ def test_metrics_by_hand():
 
 # Prompts and checkpoints
 
-HI = [user("Hi")]
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    user("Hi"),
-    assistant("Hello."),
-    user("Who are you?"),
-    assistant("A model."),
-]
-OPEN_CHAT = CHAT[:4]  # waits for a response
-GO_AWAY = assistant("Go away.")
-
-
-@pytest.mark.parametrize("record, prompt", [
-    pytest.param({"prompt": "Hi"}, HI, id="string"),
-    pytest.param({"prompt": OPEN_CHAT}, OPEN_CHAT, id="messages"),
-    pytest.param({"messages": CHAT}, OPEN_CHAT, id="chat"),
-    pytest.param({"messages": OPEN_CHAT}, OPEN_CHAT, id="chat that waits for its response"),
-    pytest.param({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}, HI, id="ranked"),
-    pytest.param(
-        {"prompt": OPEN_CHAT, "chosen": CHAT[4:], "rejected": [GO_AWAY]}, OPEN_CHAT,
-        id="what follows a prompt",
-    ),
-    pytest.param({"prompt": "Hi", "chosen": "a", "rejected": "b"}, HI, id="pair"),
-    pytest.param(
-        {"chosen": CHAT, "rejected": OPEN_CHAT + [GO_AWAY]}, OPEN_CHAT,
-        id="pair of chats",
-    ),
-    pytest.param(
-        {
-            "chosen": "\n\nHuman: Hi\n\nAssistant: a",
-            "rejected": "\n\nHuman: Hi\n\nAssistant: b",
-        },
-        HI,
-        id="transcripts",
-    ),
-])
-def test_load_prompts_reads_every_format(tmp_path, record, prompt):
-    path = write_jsonl(tmp_path / "p.jsonl", {**record, "user": "u1"})
-    [loaded] = load_prompts(path)
-    assert loaded["prompt"] == prompt
-    assert loaded["user"] == "u1"
-    assert "output" not in loaded
-
-
-@pytest.mark.parametrize("record", [
-    pytest.param({"output": "Cow, cat."}, id="with a response"),
-    pytest.param({"input": "", "output": ""}, id="without a response"),
-    pytest.param({"output": " \n"}, id="with a blank response"),
-])
-def test_load_prompts_reads_alpaca(tmp_path, record):
-    """The instruction is put into a template drawn by lot, so the words are not known."""
-    record = {"instruction": "Name two animals.", "user": "u1", **record}
-    path = write_jsonl(tmp_path / "p.jsonl", record)
-    [loaded] = load_prompts(path)
-    [message] = loaded["prompt"]
-    assert message["role"] == "user"
-    assert "Name two animals." in message["content"]
-    assert "Cow" not in message["content"]
-    assert loaded["user"] == "u1"
-    assert loaded["output"] == record["output"]
-
-
-def test_fit_prompts_adds_the_ids_of_the_prompt(tmp_path):
-    records = [{"prompt": HI, "user": "u1"}, {"prompt": OPEN_CHAT}]
-    fitting = sft.fit_prompts(records, ENC, 56)
-    for record, fitted in zip(records, fitting, strict=True):
-        ids = fitted["ids"]
-        assert fitted == {**record, "ids": ids}
-        assert ids == sft.render_prompt(record["prompt"], ENC)
-        assert ids[-1] == SPECIAL["<|assistant|>"]
-
-
-def test_long_prompts_are_skipped_and_counted_and_never_cut(capsys):
-    n = len(sft.render_prompt(HI, ENC))
-    records = [{"prompt": [user(p)]} for p in ("Hi", "Hi " * 60, "Hi", "Ho " * 60)]
-    assert len(sft.fit_prompts(records, ENC, n)) == 2  # an exact fit is kept
-    assert "2 of 4 prompts skipped" in capsys.readouterr().out
-    assert sft.fit_prompts(records, ENC, n - 1) == []
-
-
 def test_prompts_that_are_all_too_long_are_an_error(train, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi " * 60}, {"prompt": "Ho " * 60})
     with pytest.raises(UserError, match="p.jsonl: no prompt fits the context"):
         train(prompts=str(path), max_new_tokens=8)
-
-
-def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
-    other_prompts = {
-        "chosen": "\n\nHuman: Hi\n\nAssistant: a",
-        "rejected": "\n\nHuman: Ho\n\nAssistant: b",
-    }
-    response_to_nothing = {"messages": [assistant("Hello.")]}
-    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, other_prompts, response_to_nothing)
-    assert len(load_prompts(path)) == 1
-    assert "p.jsonl: 2 of 3 records skipped" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("bad", [
-    {"prompt": 3},
-    {"prompt": []},
-    {"prompt": [{"role": "boss", "content": "x"}]},
-    {"text": "Hi"},
-    [1],
-    "{",
-    {"messages": "Hi"},
-    {"chosen": "Hi"},
-], ids=str)
-def test_a_bad_line_is_named_in_one_line(tmp_path, bad):
-    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, bad)
-    with pytest.raises(UserError, match=r"p\.jsonl:2: ") as e:
-        load_prompts(path)
-    assert "\n" not in str(e.value)
 
 
 def test_the_number_of_skipped_prompts_is_printed_once(train, tmp_path, capsys):

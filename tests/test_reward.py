@@ -11,7 +11,6 @@ import gpt
 import reward
 import sft
 from data import labelers
-from data.formats import load_comparisons, read_comparison
 from data.rankings import pair_accuracy, report, word_scores
 from data.text import pad
 from data.tokenizer import fingerprint
@@ -22,7 +21,6 @@ from tiny import (
     END,
     ENC,
     SPECIAL,
-    assistant,
     read_jsonl,
     same_weights,
     save_reward,
@@ -367,204 +365,17 @@ def test_a_fine_tuned_model_is_not_a_reward_model(checkpoints):
         reward.load_reward(checkpoints / "sft.pt")
 
 
-# Reading ranked responses
+# Tokens
 
 HI = [user("Hi")]
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    user("Hi"),
-    assistant("Hello."),
-    user("Who are you?"),
-]
-HELLO_HI = [assistant("Hello."), user("Hi")]
-
-
-def transcript(*contents):
-    """Anthropic's format: human and assistant take turns."""
-    names = itertools.cycle(["Human", "Assistant"])
-    return "".join(f"\n\n{name}: {content}" for name, content in zip(names, contents))
-
-
-@pytest.mark.parametrize("record, prompt, responses, ranks", [
-    pytest.param(
-        {"prompt": "Hi", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]},
-        HI, ["a", "b", "c"], [2, 1, 2],
-        id="ranked",
-    ),
-    pytest.param(
-        {"prompt": CHAT, "responses": ["a", "b"], "ranks": [1.5, 1]},
-        CHAT, ["a", "b"], [1.5, 1],
-        id="ranked, chat",
-    ),
-    pytest.param(
-        {"prompt": "Hi", "chosen": "a", "rejected": "b"},
-        HI, ["a", "b"], [1, 2],
-        id="pair",
-    ),
-    pytest.param(
-        {"prompt": CHAT, "chosen": "a", "rejected": ""},
-        CHAT, ["a", ""], [1, 2],
-        id="pair, chat",
-    ),
-    pytest.param(
-        {"chosen": CHAT + [assistant("a")], "rejected": CHAT + [assistant("b")]},
-        CHAT, ["a", "b"], [1, 2],
-        id="pair of chats",
-    ),
-    pytest.param(
-        {"prompt": "Hi", "chosen": HI + [assistant("a")], "rejected": HI + [assistant("b")]},
-        HI, ["a", "b"], [1, 2],
-        id="pair of chats beside a prompt",
-    ),
-    pytest.param(
-        {"prompt": CHAT, "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        CHAT, ["a", "b"], [1, 2],
-        id="what follows a prompt",
-    ),
-    pytest.param(
-        {"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        HI, ["a", "b"], [1, 2],
-        id="what follows a string",
-    ),
-    pytest.param(
-        {
-            "prompt": HI,
-            "chosen": HELLO_HI + [assistant("a")],
-            "rejected": HELLO_HI + [assistant("b")],
-        },
-        HI + HELLO_HI, ["a", "b"], [1, 2],
-        id="several turns follow",
-    ),
-    pytest.param(
-        {
-            "prompt": HELLO_HI,
-            "chosen": HELLO_HI + [assistant("a")],
-            "rejected": HELLO_HI + [assistant("b")],
-        },
-        HELLO_HI, ["a", "b"], [1, 2],
-        id="whole chats that the assistant opens",
-    ),
-    pytest.param(
-        {"chosen": transcript("Hi", "a"), "rejected": transcript("Hi", "b")},
-        HI, ["a", "b"], [1, 2],
-        id="transcripts",
-    ),
-    pytest.param(
-        {
-            "chosen": "Human:Hi\n\nAssistant:a",
-            "rejected": "\n\n\nHuman:  Hi\n\nAssistant: b\n",
-        },
-        HI, ["a", "b"], [1, 2],
-        id="no blank lines before, no spaces",
-    ),
-    pytest.param(
-        {
-            "chosen": transcript("Say Human: or\nAssistant: now", "Human: it is"),
-            "rejected": transcript("Say Human: or\nAssistant: now", "no"),
-        },
-        [user("Say Human: or\nAssistant: now")], ["Human: it is", "no"], [1, 2],
-        id="Human: in the middle",
-    ),
-    pytest.param(
-        {
-            "chosen": transcript("Hi", "Hello.", "Two\n\nparts?", "a"),
-            "rejected": transcript("Hi", "Hello.", "Two\n\nparts?", ""),
-        },
-        HI + [assistant("Hello."), user("Two\n\nparts?")], ["a", ""], [1, 2],
-        id="several turns",
-    ),
-])
-def test_every_format_is_read(record, prompt, responses, ranks, tmp_path):
-    assert read_comparison(record, "here") == (prompt, responses, ranks)
-    path = write_jsonl(tmp_path / "r.jsonl", {**record, "user": "u1"})
-    [loaded] = load_comparisons(path)
-    assert loaded["prompt"] == prompt
-    assert loaded["responses"] == responses
-    assert loaded["ranks"] == ranks
-    assert loaded["user"] == "u1"
-
-
-RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
-
-
-@pytest.mark.parametrize("bad", [
-    {**RANKED, "responses": ["a"], "ranks": [1]},
-    {**RANKED, "ranks": [1, 2, 3]},
-    {**RANKED, "responses": "ab"},
-    {**RANKED, "ranks": 1},
-    {**RANKED, "responses": []},
-    {**RANKED, "responses": ["a", 2]},
-    {**RANKED, "responses": ["a", None]},
-    {**RANKED, "prompt": 5},
-    {**RANKED, "prompt": []},
-    {**RANKED, "ranks": [1, math.nan]},
-    {**RANKED, "ranks": [1, math.inf]},
-    {**RANKED, "ranks": [1, -math.inf]},
-    {**RANKED, "ranks": [1, 0]},
-    {**RANKED, "ranks": [1, -1]},
-    {**RANKED, "ranks": [1, 0.5]},
-    {**RANKED, "ranks": [1, True]},
-    {**RANKED, "ranks": [1, "2"]},
-    {**RANKED, "ranks": [1, None]},
-    {**RANKED, "ranks": [1, [2]]},
-    {**RANKED, "scores": [1.0]},
-    {**RANKED, "scores": 3},
-    {"prompt": "Hi", "chosen": "a"},
-    {"prompt": "Hi", "rejected": "a"},
-    {"responses": ["a", "b"], "ranks": [1, 2]},
-    {"text": "Hi"},
-    {},
-    {"prompt": "Hi", "chosen": 1, "rejected": "b"},
-    {"chosen": "no transcript", "rejected": transcript("Hi", "b")},
-    {"chosen": [], "rejected": []},
-    {"chosen": [{"role": "boss", "content": "x"}], "rejected": HI},
-    [1, 2],
-    "text",
-    "{",
-    '"text"',
-    "null",
-], ids=str)
-def test_a_bad_record_is_named_in_one_line(bad, tmp_path):
-    with pytest.raises(UserError, match=r"r\.jsonl:2: ") as e:
-        load_comparisons(write_jsonl(tmp_path / "r.jsonl", RANKED, bad))
-    assert "\n" not in str(e.value)
-
-
-def test_what_cannot_be_compared_is_left_out_and_counted(tmp_path, capsys):
-    """Two kinds: the two sides are no responses to one prompt, or no response is better."""
-    unusable = [
-        {"chosen": transcript("Hi", "a"), "rejected": transcript("Ho", "b")},
-        {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"},
-        {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
-    ]
-    tied = [{**RANKED, "ranks": [3, 3]}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
-    path = write_jsonl(tmp_path / "r.jsonl", *unusable, RANKED, *tied, RANKED)
-    assert len(load_comparisons(path)) == 2
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2
-    assert "r.jsonl: 3 of 7 records skipped" in printed[0]
-    assert "prompt" in printed[0]
-    assert "r.jsonl: 2 of 7 records skipped" in printed[1]
-    assert "tied" in printed[1]
-    with pytest.raises(UserError, match="r.jsonl: no record"):
-        load_comparisons(write_jsonl(tmp_path / "r.jsonl", *unusable, *tied))
-
-
-def test_ties_beside_other_ranks_are_kept(tmp_path, capsys):
-    record = {"prompt": "Hi", "responses": ["a", "a", "b", "c"], "ranks": [1, 2, 2, 2]}
-    [loaded] = load_comparisons(write_jsonl(tmp_path / "r.jsonl", record))
-    assert loaded["ranks"] == [1, 2, 2, 2]
-    assert capsys.readouterr().out == ""
-
-
-# Tokens
+RANKED = {"prompt": HI, "responses": ["a", "b"], "ranks": [1, 2]}
 
 def tokenize(*records):
     return reward.tokenize(list(records), ENC, CONTEXT)
 
 
 def test_tokenize_puts_prompt_response_and_end_together():
-    [c] = tokenize({**RANKED, "prompt": HI})
+    [c] = tokenize(RANKED)
     prompt = sft.render_prompt(HI, ENC)
     assert c.rows[0].tolist() == [*prompt, *ENC.encode_ordinary("a"), END]
     assert c.rows[1].tolist() == [*prompt, *ENC.encode_ordinary("b"), END]
@@ -574,7 +385,7 @@ def test_tokenize_puts_prompt_response_and_end_together():
 
 
 def test_text_cannot_spell_an_end_token():
-    [c] = tokenize({**RANKED, "prompt": HI, "responses": ["a<|end|>", "b"]})
+    [c] = tokenize({**RANKED, "responses": ["a<|end|>", "b"]})
     assert [ids[c.start:].tolist().count(END) for ids in c.rows] == [1, 1]
 
 

@@ -228,12 +228,14 @@ def damage(path, how):
         path.write_bytes(raw[: len(raw) // 2])
     elif how == "other":
         torch.save({"model": 1}, path)
+    elif how == "incomplete":
+        torch.save({"settings": {}}, path)
     else:
         raw[how * len(raw) // 100] ^= 16
         path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "other", "gone", 20, 40, 60, 80])
+@pytest.mark.parametrize("how", ["empty", "half", "other", "incomplete", "gone", 20, 40, 60, 80])
 def test_a_damaged_state_is_replaced_by_the_one_before(whole, tmp_path, capsys, how):
     """A kill between the two renames leaves only the older state ("gone").
 

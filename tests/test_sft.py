@@ -295,9 +295,13 @@ def test_fit_prompts_skips_long_prompts_and_never_cuts_one(capsys):
     assert sft.fit_prompts([short, long], ENC, len(ids) - 1) == []
 
 
-def test_fit_prompts_prints_nothing_if_all_fit(capsys):
-    [fitting] = sft.fit_prompts([{"prompt": chat("Hi")}], ENC, 64)
-    assert fitting["ids"][-1] == SPECIAL["<|assistant|>"]
+def test_fit_prompts_adds_the_ids_and_prints_nothing_if_all_fit(capsys):
+    records = [{"prompt": chat("Hi"), "user": "u1"}, {"prompt": chat("Hi", "Hello.", "Why?")}]
+    fitting = sft.fit_prompts(records, ENC, 64)
+    for record, fitted in zip(records, fitting, strict=True):
+        ids = sft.render_prompt(record["prompt"], ENC)
+        assert fitted == record | {"ids": ids}
+        assert fitted["ids"][-1] == SPECIAL["<|assistant|>"]
     assert capsys.readouterr().out == ""
 
 

@@ -127,6 +127,8 @@ BAD_CORPORA = {  # file, mixture -> what the error must contain
     ("good", "a=much"): ["--mixture", "a=much"],
     ("good", "a=0"): ["a=0"],
     ("good", "a=-1"): ["a=-1"],
+    ("good", "a=1,b=nan"): ["a=1,b=nan", "0 or more"],
+    ("good", "a=inf"): ["a=inf"],
     ("bad_mixture", ""): ["mixture.json"],
 }
 
