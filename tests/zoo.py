@@ -17,7 +17,7 @@ class Mutant:
 
 
 MUTANTS = [
-    # Shifts: logits, log-probs, values and masks are of different frames.
+    # Shifts between logits, log-probs, values and masks.
     Mutant(
         name="logprobs-late",
         file="gpt.py",
@@ -47,7 +47,7 @@ MUTANTS = [
         file="ppo.py",
         old="values=value_model(ids)[:, :-1],",
         new="values=value_model(ids)[:, 1:],",
-        bug="the critic has seen the action that it is to foresee",
+        bug="the critic sees the action whose value it predicts",
         published="lucidrains/PaLM-rlhf-pytorch #57",
         tests="ppo"),
     Mutant(
@@ -64,7 +64,7 @@ MUTANTS = [
         file="ppo.py",
         old="(target < lengths[:, None])).float()",
         new="(target < lengths[:, None] - 1)).float()",
-        bug="the end token is outside the mask, so nobody learns to stop",
+        bug="the end token is outside the mask, so the model never learns to stop",
         published="rlhf-book policy_gradients; nanochat chat_rl.py",
         tests="ppo"),
     Mutant(
@@ -80,7 +80,7 @@ MUTANTS = [
         file="ppo.py",
         old="scores=torch.where(ended, reward_model.score(ids, lengths), cfg.missing_eos_score)",
         new="scores=reward_model.score(ids, lengths)",
-        bug="an answer cut for length counts as finished",
+        bug="a response cut for length counts as finished",
         published="InstructLLaMA rl_ppo.py; train-llm-from-scratch rollout.py",
         tests="ppo"),
     Mutant(
@@ -91,14 +91,13 @@ MUTANTS = [
         bug="rollouts run on after the end token",
         published="minChatGPT trainers.py",
         tests="ppo"),
-    # What is sampled is not what is scored.
+    # Samples and log-probs differ.
     Mutant(
         name="top-k-rollout",
         file="ppo.py",
         old="cfg.max_new_tokens, stop=end,\n                             seed",
         new="cfg.max_new_tokens, stop=end, top_k=30,\n                             seed",
-        bug="rollouts are sampled with top-k, log-probs are of the full softmax: the KL turns "
-            "negative",
+        bug="rollouts use top-k, log-probs the full softmax: the KL turns negative",
         published="ttumiel/minRLHF; minimind train_ppo.py; trl #1002",
         tests="ppo"),
     Mutant(
@@ -106,7 +105,7 @@ MUTANTS = [
         file="ppo.py",
         old="cfg.max_new_tokens, stop=end,\n                             seed",
         new="cfg.max_new_tokens, stop=end, temperature=0.6,\n                             seed",
-        bug="rollouts at temperature 0.6, log-probs at 1",
+        bug="rollouts use temperature 0.6, log-probs temperature 1",
         published="rlhf-book; minimind train_ppo.py",
         tests="ppo"),
     Mutant(
@@ -138,7 +137,7 @@ MUTANTS = [
         file="ppo.py",
         old="old_logprobs=ref_logprobs if sampler is reference else logprobs",
         new="old_logprobs=logprobs",
-        bug="the ratio is not to the policy that sampled",
+        bug="the old log-probs are not those of the policy that sampled",
         published="minimind #638",
         tests="ppo"),
     Mutant(
@@ -163,7 +162,7 @@ MUTANTS = [
         file="ppo.py",
         old="-beta * (logprobs - ref_logprobs)",
         new="-beta * ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs)",
-        bug="k3 as the reward: right mean, wrong gradient",
+        bug="k3 as the KL penalty: right mean, wrong gradient",
         published="rlhf-book loss.py; trl kl_estimator=k3",
         tests="ppo"),
     Mutant(
@@ -171,7 +170,7 @@ MUTANTS = [
         file="ppo.py",
         old="-beta * (logprobs - ref_logprobs)",
         new="-beta * (logprobs - ref_logprobs).clamp(min=0)",
-        bug="the log-ratio is clipped at 0: tokens never pay back",
+        bug="the log-ratio is clipped at 0, so tokens are never rewarded for coming back",
         published="InstructLLaMA rl_ppo.py",
         tests="ppo"),
     Mutant(
@@ -179,7 +178,7 @@ MUTANTS = [
         file="ppo.py",
         old="rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)",
         new="rewards = -beta * (logprobs - ref_logprobs)",
-        bug="KL of prompt and padding",
+        bug="the KL counts prompt and padding",
         published="rlhf-book PR #216",
         tests="ppo"),
     Mutant(
@@ -195,7 +194,7 @@ MUTANTS = [
         file="ppo.py",
         old="torch.where(last, scores[:, None], 0.0)",
         new="torch.where(mask, scores[:, None], 0.0)",
-        bug="every token is paid the whole score",
+        bug="every token gets the whole score",
         published="DeepSpeedExamples #751 (asked)",
         tests="ppo"),
     Mutant(
@@ -212,7 +211,7 @@ MUTANTS = [
         file="ppo.py",
         old="logprobs - old_logprobs, 0.0",
         new="old_logprobs - logprobs, 0.0",
-        bug="old over new",
+        bug="the ratio is old over new",
         published="rlhf-book loss.py (kl3)",
         tests="ppo"),
     Mutant(
@@ -220,7 +219,7 @@ MUTANTS = [
         file="ppo.py",
         old="masked_mean(torch.maximum(unclipped, clipped), mask)",
         new="masked_mean(torch.minimum(unclipped, clipped), mask)",
-        bug="min and max swapped: the clip never holds where it should",
+        bug="min and max are swapped, so the clip does not limit the policy",
         published="yandexdataschool/Practical_RL #248",
         tests="ppo"),
     Mutant(
@@ -228,7 +227,7 @@ MUTANTS = [
         file="ppo.py",
         old="    unclipped = -advantages * ratio\n    clipped = -advantages *",
         new="    unclipped = advantages * ratio\n    clipped = advantages *",
-        bug="the loss is the gain: its minus is missing",
+        bug="the policy loss lacks its minus sign",
         published="rlhf-book #125",
         tests="ppo"),
     Mutant(
@@ -236,7 +235,7 @@ MUTANTS = [
         file="ppo.py",
         old="loss = masked_mean(torch.maximum(unclipped, clipped), mask)",
         new="loss = torch.maximum(unclipped, clipped).mean()",
-        bug="policy loss is a mean over padding",
+        bug="the policy loss averages over padding",
         published="PaLM-rlhf-pytorch ppo.py; minChatGPT loss.py; trl #7024",
         tests="ppo"),
     Mutant(
@@ -244,7 +243,7 @@ MUTANTS = [
         file="ppo.py",
         old="return 0.5 * masked_mean(errors, mask.float())",
         new="return 0.5 * errors.mean()",
-        bug="value loss is a mean over padding",
+        bug="the value loss averages over padding",
         published="minChatGPT loss.py",
         tests="ppo"),
     Mutant(
@@ -252,7 +251,7 @@ MUTANTS = [
         file="scaffold/health.py",
         old="return (x * mask).sum() / mask.sum().clamp(min=1)",
         new="return (x * mask).mean()",
-        bug="masked, but divided by padding too: longer batches learn less",
+        bug="masked, but divided by padding, too: long batches learn less",
         published="trl #7024",
         tests="ppo"),
     Mutant(
@@ -260,7 +259,7 @@ MUTANTS = [
         file="ppo.py",
         old="torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)",
         new="torch.minimum((values - returns) ** 2, (clipped - returns) ** 2)",
-        bug="the smaller of the two value errors",
+        bug="the value loss takes the smaller of the two errors",
         published="ray-project/ray #2233",
         tests="ppo"),
     Mutant(
@@ -284,7 +283,7 @@ MUTANTS = [
         file="ppo.py",
         old="draw_documents(sources, odds, cfg.ptx_tokens, T, rng)",
         new="draw_documents(sources, odds, cfg.ptx_tokens, T, random.Random(cfg.seed))",
-        bug="the text of the ptx term starts again in each update",
+        bug="every update reads the same pretraining text",
         published="InstructLLaMA rl_ppo.py",
         tests="ppo"),
     # GAE and whitening.
@@ -302,7 +301,7 @@ MUTANTS = [
         old="    next_value = values.new_zeros(len(values))                                # "
             "(B,)\n    next_advantage = next_value\n",
         new="    next_value = values[:, -1]\n    next_advantage = values.new_zeros(len(values))\n",
-        bug="the last value of the row stands in for the end",
+        bug="the last value of the row is used after the end",
         published="rlhf-book PR #216 (padding in the returns)",
         tests="gae"),
     Mutant(
@@ -310,7 +309,7 @@ MUTANTS = [
         file="gae.py",
         old="next_advantage = torch.where(mask[:, t], advantage, 0)",
         new="next_advantage = advantage",
-        bug="advantages of padding flow into the answer",
+        bug="advantages of padding flow into the response",
         published="miles PR #1827",
         tests="gae"),
     Mutant(
@@ -318,7 +317,7 @@ MUTANTS = [
         file="gae.py",
         old="def gae(rewards, values, mask, gamma=1.0, lam=0.95):",
         new="def gae(rewards, values, mask, lam=1.0, gamma=0.95):",
-        bug="arguments of the call in each other's place",
+        bug="gamma and lambda are swapped",
         published="ttumiel/minRLHF happy_tweet_gpt_ppo.py",
         tests="gae"),
     Mutant(
@@ -326,7 +325,7 @@ MUTANTS = [
         file="gae.py",
         old="delta = rewards[:, t] + gamma",
         new="delta = rewards[:, t - 1] + gamma",
-        bug="an action is paid the reward of the one before",
+        bug="an action gets the reward of the one before",
         published="openai/spinningup #50",
         tests="gae"),
     Mutant(
@@ -359,7 +358,7 @@ MUTANTS = [
         old="x = torch.where(mask, x - x.sum() / n, 0)",
         new="x = torch.where(mask, x - x.sum(-1, keepdim=True) / mask.sum(-1, "
             "keepdim=True).clamp(min=1), 0)",
-        bug="whitening per row: which answer was better is lost",
+        bug="whitening per row hides which response was better",
         published="thomfoster/minRLHF buffer.py",
         tests="gae"),
     Mutant(
@@ -378,7 +377,7 @@ MUTANTS = [
         bug="advantages are not whitened",
         published="rlhf-book utils.py",
         tests="ppo"),
-    # Four models in their modes.
+    # Train and eval mode of the four models.
     Mutant(
         name="dropout-kept",
         file="gpt.py",
@@ -400,7 +399,7 @@ MUTANTS = [
         file="ppo.py",
         old='reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)',
         new='reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False).train()',
-        bug="the reference alone in train mode: KL is noise",
+        bug="the reference is in train mode: the KL is noise",
         published="trl PR #1540",
         tests="ppo"),
     Mutant(
@@ -416,7 +415,7 @@ MUTANTS = [
         file="gpt.py",
         old="    was_training = model.training\n    model.eval()\n    rng",
         new="    was_training = model.training\n    model.train()\n    rng",
-        bug="answers are sampled with dropout",
+        bug="responses are sampled with dropout",
         published="ttumiel/minRLHF",
         tests="gpt"),
     # The reward model.
@@ -425,7 +424,7 @@ MUTANTS = [
         file="reward.py",
         old="losses = -F.logsigmoid(",
         new="losses = F.logsigmoid(",
-        bug="the minus of the loss is missing",
+        bug="the ranking loss lacks its minus sign",
         published="rlhf-book #125 (of the policy loss)",
         tests="reward"),
     Mutant(
@@ -441,7 +440,7 @@ MUTANTS = [
         file="reward.py",
         old="losses.sum((1, 2)) / n.clamp(min=1)",
         new="losses.sum((1, 2)) / n.clamp(min=1) ** 2",
-        bug="divided by the number of pairs twice",
+        bug="the loss is divided by the number of pairs twice",
         published="minChatGPT KPairwiseLoss; trlx #220",
         tests="reward"),
     Mutant(
@@ -449,7 +448,7 @@ MUTANTS = [
         file="reward.py",
         old="better = ranks[:, :, None] < ranks[:, None, :]",
         new="better = ranks[:, :, None] <= ranks[:, None, :]",
-        bug="answers of equal rank are pushed apart",
+        bug="responses of equal rank are pushed apart",
         published="InstructGPT C.2 warns; ImageReward #2 (rankings full of ties)",
         tests="reward"),
     Mutant(
@@ -481,7 +480,7 @@ MUTANTS = [
         file="reward.py",
         old="shorter = min(len(c.rows[i]), len(c.rows[j]))",
         new="shorter = max(len(c.rows[i]), len(c.rows[j]))",
-        bug="token pairs reach into the padding of the shorter answer",
+        bug="token pairs reach into the padding of the shorter response",
         published="DeepSpeedExamples #316",
         tests="reward"),
     Mutant(
@@ -489,7 +488,7 @@ MUTANTS = [
         file="reward.py",
         old="prompt = prompt[-room:]",
         new="answers = [a[:max(1, block_size - len(prompt))] for a in answers]",
-        bug="a long comparison loses its end: the answers and their end tokens",
+        bug="a long comparison loses its end: the responses and their end tokens",
         published="train-llm-from-scratch train_reward.py; rlhf-book #503",
         tests="reward"),
     Mutant(
@@ -497,7 +496,7 @@ MUTANTS = [
         file="reward.py",
         old="[enc.encode_ordinary(a) + [end_of(enc)] for a in r",
         new="[enc.encode_ordinary(a) for a in r",
-        bug="ranked answers carry no end token",
+        bug="ranked responses have no end token",
         published="rasbt/LLMs-from-scratch dpo-from-scratch.ipynb",
         tests="reward"),
     # DPO.
@@ -506,7 +505,7 @@ MUTANTS = [
         file="dpo.py",
         old="return (gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1)",
         new="return (gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)",
-        bug="mean instead of sum of the token log-probs",
+        bug="the mean instead of the sum of token log-probs",
         published="rasbt/LLMs-from-scratch; minimind #659",
         tests="dpo"),
     Mutant(
@@ -514,7 +513,7 @@ MUTANTS = [
         file="dpo.py",
         old="return (gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1)",
         new="return (gpt.token_logprobs(model, ids) * mask[:, :-1]).sum(1)",
-        bug="mask and log-probs are not of one frame",
+        bug="mask and log-probs are shifted against each other",
         published="wyf3/llm_related #33",
         tests="dpo"),
     Mutant(
@@ -530,7 +529,7 @@ MUTANTS = [
         file="dpo.py",
         old="    h = chosen - rejected\n",
         new="    h = rejected - chosen\n",
-        bug="chosen and rejected in each other's place",
+        bug="chosen and rejected are swapped",
         published="rlhf-book #125 (of the policy loss)",
         tests="dpo"),
     Mutant(
@@ -546,7 +545,7 @@ MUTANTS = [
         file="data/rankings.py",
         old="for i, j in ranked_pairs(in_fp32) if responses[i] != responses[j]]",
         new="for i, j in ranked_pairs(in_fp32)]",
-        bug="chosen and rejected may be the same text",
+        bug="chosen and rejected may be the same",
         published="rlhf-book #503",
         tests="dpo"),
     # Supervised fine-tuning.
@@ -555,7 +554,7 @@ MUTANTS = [
         file="sft.py",
         old='trained = int(m["role"] == "assistant")',
         new="trained = 1",
-        bug="the loss falls on what the user says, too",
+        bug="the loss covers the user's tokens, too",
         published="nanochat #570; minChatGPT trainers.py",
         tests="sft"),
     Mutant(
@@ -628,7 +627,7 @@ MUTANTS = [
         file="gpt.py",
         old="same = segments[:, :, None] == segments[:, None, :]",
         new="same = torch.ones_like(segments[:, :, None] == segments[:, None, :])",
-        bug="packed texts attend to each other",
+        bug="packed documents attend to each other",
         published="train-llm-from-scratch: rows are cut without document masks",
         tests="gpt"),
     Mutant(
@@ -636,7 +635,7 @@ MUTANTS = [
         file="gpt.py",
         old="positions = positions - (positions * first).cummax(1).values",
         new="positions = positions + 0 * segments",
-        bug="a packed text does not start at position 0",
+        bug="a packed document does not start at position 0",
         published="train-llm-from-scratch",
         tests="gpt"),
     Mutant(
@@ -644,7 +643,7 @@ MUTANTS = [
         file="data/text.py",
         old="return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)",
         new="return segments[:, 1:] > 0",
-        bug="the first token of a text is predicted from another text",
+        bug="the first token of a document is predicted from another document",
         published="train-llm-from-scratch",
         tests="text gpt"),
     Mutant(
@@ -668,7 +667,7 @@ MUTANTS = [
         file="gpt.py",
         old='F.gelu(self.c_fc(x), approximate="tanh")',
         new="F.gelu(self.c_fc(x))",
-        bug="exact GELU where GPT-2 has the tanh form",
+        bug="exact GELU instead of GPT-2's tanh form",
         published="nanoGPT #2; LearnRLHF README",
         tests="gpt"),
     Mutant(
@@ -717,7 +716,7 @@ MUTANTS = [
         file="scaffold/optim.py",
         old="betas=betas, fused=True)",
         new="betas=(betas[0], betas[0]), fused=True)",
-        bug="Adam's two betas are one",
+        bug="Adam's beta2 equals its beta1",
         published="minChatGPT trainers.py",
         tests="gpt"),
     Mutant(
@@ -736,7 +735,7 @@ MUTANTS = [
         bug="a checkpoint may run code",
         published="the default of torch.load before 2.6",
         tests="gpt"),
-    # The same run again.
+    # Resume.
     Mutant(
         name="resume-without-rng",
         file="scaffold/run.py",
@@ -758,7 +757,7 @@ MUTANTS = [
         file="scaffold/run.py",
         old='restore(part, saved["parts"][name])',
         new='name == "optimizer" or restore(part, saved["parts"][name])',
-        bug="Adam starts from nothing in the middle of a run",
+        bug="Adam's moments are lost on resume",
         published="OneVision-Encoder PR #65",
         tests="run"),
     Mutant(
@@ -766,7 +765,7 @@ MUTANTS = [
         file="scaffold/run.py",
         old='os.truncate(self.log_path, min(saved["log_bytes"], self.log_path.stat().st_size))',
         new="pass",
-        bug="steps that are done again are logged twice",
+        bug="repeated steps are logged twice",
         published="musubi-tuner PR #1011",
         tests="run"),
     Mutant(
@@ -774,7 +773,7 @@ MUTANTS = [
         file="scaffold/run.py",
         old="if not (math.isfinite(norm) and math.isfinite(loss.item())):",
         new="if False:",
-        bug="a NaN goes into every weight, and training goes on",
+        bug="a NaN spreads to every weight, and training goes on",
         published="Megatron-LLM #33",
         tests="run"),
     Mutant(
@@ -782,10 +781,10 @@ MUTANTS = [
         file="scaffold/distributed.py",
         old="return loss * (n * world_size() / total)",
         new="return loss",
-        bug="the mean over processes of means over unequal shares",
+        bug="ranks with unequal shards average their means",
         published="transformers #34191, #34373",
         tests="run"),
-    # With fewer humans.
+    # Self-Instruct and self-rewarding.
     Mutant(
         name="rouge-case",
         file="self_instruct.py",
@@ -807,7 +806,7 @@ MUTANTS = [
         file="self_reward.py",
         old="if values[best] == values[worst]:",
         new="if False:",
-        bug="answers of equal score become a pair",
+        bug="responses with equal scores become a pair",
         published="rlhf-book #503 (chosen and rejected alike)",
         tests="self_reward"),
     Mutant(
@@ -815,7 +814,7 @@ MUTANTS = [
         file="data/verdicts.py",
         old="read = [s for s in scores if s is not None and not math.isnan(s)]",
         new="read = [s or 0.0 for s in scores]",
-        bug="a verdict that cannot be read is a score of 0",
+        bug="an unreadable verdict counts as a score of 0",
         published="manthanguptaa/water #57",
         tests="verdicts"),
     Mutant(
@@ -823,7 +822,7 @@ MUTANTS = [
         file="data/verdicts.py",
         old="return float(found[-1])",
         new="return float(found[0])",
-        bug="the first number of a verdict is taken for its score",
+        bug="the first number of a verdict counts as its score",
         published="openagent-eval #74",
         tests="verdicts"),
     Mutant(
@@ -831,7 +830,7 @@ MUTANTS = [
         file="self_reward.py",
         old="if cfg.replay:",
         new="if cfg.replay < 0:",
-        bug="the judge's data are not replayed, and it forgets",
+        bug="the judge's data are not replayed, and it forgets them",
         published="InstructGPT C.4 (the same without ptx)",
         tests="self_reward"),
     Mutant(
@@ -839,7 +838,7 @@ MUTANTS = [
         file="evaluate.py",
         old="[0.5 if g == o else float(g > o) for",
         new="[float(g >= o) for",
-        bug="the new model wins where nobody does",
+        bug="ties count as wins of the new model",
         published="minChatGPT evaluate.py (the new answer is always B)",
         tests="evaluate"),
     # Tools.
@@ -848,7 +847,7 @@ MUTANTS = [
         file="lab/tool_use.py",
         old="((prompt, call), (head, tail))",
         new="((prompt, call), (prompt, head[len(prompt):] + tail))",
-        bug="the model learns to say what the tool says",
+        bug="the model is trained on the tool's result",
         published="verl-tool #116",
         tests="lab_tool_use"),
     Mutant(
