@@ -31,7 +31,8 @@ from tiny import ROOT
 # Every module with a Config: gpt, sft, ..., lab.tool_use
 SCRIPTS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[dl]a*/*.py"))
+    for folder in (ROOT, ROOT / "data", ROOT / "lab")
+    for path in sorted(folder.glob("*.py"))
     if "\nclass Config" in path.read_text(encoding="utf-8")
 ]
 VALUES = {str: "x", int: 7, float: 0.25, bool: True}
