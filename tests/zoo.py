@@ -669,7 +669,7 @@ MUTANTS = [
         new="F.gelu(self.c_fc(x))",
         bug="exact GELU instead of GPT-2's tanh form",
         published="nanoGPT #2; LearnRLHF README",
-        tests="gpt"),
+        tests="huggingface"),
     Mutant(
         name="embeddings-untied",
         file="gpt.py",
@@ -686,7 +686,7 @@ MUTANTS = [
         new='{"params": vectors, "weight_decay": weight_decay}',
         bug="weight decay on LayerNorm and biases",
         published="Lightning-AI/lit-llama #254",
-        tests="gpt"),
+        tests="optim"),
     Mutant(
         name="clip-without-effect",
         file="scaffold/run.py",
@@ -694,7 +694,7 @@ MUTANTS = [
         new="clip_grad_norm_(model.parameters(), math.inf)",
         bug="gradients are not clipped, as when the call comes before backward",
         published="minChatGPT trainers.py; VGRNN #4",
-        tests="gpt"),
+        tests="run"),
     Mutant(
         name="lr-never-set",
         file="scaffold/run.py",
@@ -702,7 +702,7 @@ MUTANTS = [
         new='group["lr"] = group["lr"]',
         bug="the schedule is computed and not used",
         published="kohya-ss/sd-scripts #235",
-        tests="gpt"),
+        tests="run"),
     Mutant(
         name="gradients-kept",
         file="scaffold/run.py",
@@ -710,7 +710,7 @@ MUTANTS = [
         new="pass",
         bug="old gradients leak into the next step",
         published="thomfoster/minRLHF ppo_trainer.py",
-        tests="gpt"),
+        tests="run"),
     Mutant(
         name="beta2-is-beta1",
         file="scaffold/optim.py",
@@ -718,7 +718,7 @@ MUTANTS = [
         new="betas=(betas[0], betas[0]), fused=True)",
         bug="Adam's beta2 equals its beta1",
         published="minChatGPT trainers.py",
-        tests="gpt"),
+        tests="optim"),
     Mutant(
         name="half-checkpoint",
         file="gpt.py",
@@ -734,7 +734,7 @@ MUTANTS = [
         new='map_location="cpu", weights_only=False)',
         bug="a checkpoint may run code",
         published="the default of torch.load before 2.6",
-        tests="gpt"),
+        tests="run"),
     # Resume.
     Mutant(
         name="resume-without-rng",
@@ -783,7 +783,7 @@ MUTANTS = [
         new="return loss",
         bug="ranks with unequal shards average their means",
         published="transformers #34191, #34373",
-        tests="run"),
+        tests="distributed"),
     # Self-Instruct and self-rewarding.
     Mutant(
         name="rouge-case",
