@@ -1,4 +1,4 @@
-"""The command line of every script: flags from a Config, and one clear line for a user's mistake.
+"""The command line of every script: flags from a Config, and one-line messages for user errors.
 
     @dataclass
     class Config(RunConfig):     # adds --out, --seed, --device, --save-every and --resume
@@ -138,7 +138,7 @@ def pick_device(name):
 
 
 def run_folder(path):
-    """Return --out as a Path; the first file written creates it. Raises UserError for a file."""
+    """Return --out as a Path without creating the folder. Raises UserError if it is a file."""
     if Path(path).exists() and not Path(path).is_dir():
         raise UserError(f"--out {path}: this is a file; name a folder")
     return Path(path)
@@ -157,9 +157,9 @@ def fail(message, code=2):
 
 
 def start(main, cls, doc, distributed=False):
-    """Run a script: a user's mistake ends it with one line and exit code 2, never with a traceback.
+    """Run a script. A user's mistake ends it with one line and exit code 2, not with a traceback.
 
-    distributed: several processes of torchrun may share the script's work.
+    distributed: whether torchrun may run the script in several processes.
     """
     try:
         cfg = parse(cls, doc)

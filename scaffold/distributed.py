@@ -1,10 +1,10 @@
-"""Several processes, one batch: what `torchrun --nproc_per_node=2 sft.py` needs.
+"""Share one batch among several processes, as in `torchrun --nproc_per_node=2 sft.py`.
 
 Every process draws the same global batch and works on its shard. Losses and gradients are averaged
 by the number of tokens, so the result equals that of one process. In PPO each process samples its
 shard of the responses with its own seed. Only rank 0 writes files; if one process dies, all of them
-end. The backend is gloo on CPUs and nccl on GPUs. With one process every function here is the
-identity, so read the scripts as if it were not there.
+end. The backend is gloo on CPUs and nccl on GPUs. With one process these functions change nothing,
+so a reader of the scripts can skip them.
 """
 import os
 import sys
@@ -45,7 +45,7 @@ def init_distributed(device="auto"):
 def shard(rows):
     """Return this process's part of a batch, or all of it if there are fewer rows than processes.
 
-    `global_mean` corrects for rows that several processes then share.
+    In the second case all processes have the same rows, and `global_mean` corrects for that.
     """
     if len(rows) < world_size():
         return rows
@@ -76,7 +76,7 @@ def average_gradients(model):
 
 
 def all_gather_ids(rows, length, device="cpu"):
-    """Gather the id lists (at most `length` ids each) that every process made of its shard.
+    """Gather the id lists (at most `length` ids each) that every process made from its shard.
 
     Returns all lists in the order of the global batch. All shards must have the same size.
     """

@@ -12,8 +12,8 @@ def masked_mean(x, mask):
 def ppo_metrics(b, returns, stats, beta, lr, update):
     """Return one row of PPO's log. KL: nats per response.
 
-    With --offline the responses are the reference's: objective/kl is minus KL(ref || pi), and what
-    is computed from it (non_score_reward, rlhf_reward) has the wrong sign, too.
+    With --offline the responses are samples of the reference. Then objective/kl is -KL(ref || pi),
+    and the KL terms of non_score_reward and rlhf_reward have the wrong sign.
     """
     mask, n = b.mask, len(b.scores)
     kl = ((b.logprobs - b.ref_logprobs) * mask).sum(1)                        # (B,)
@@ -45,10 +45,10 @@ def ppo_metrics(b, returns, stats, beta, lr, update):
 
 
 def dpo_metrics(policy, ref, loss, chosen, rejected):
-    """Return one row of DPO's log. policy, ref: log-probs of the better and the worse (2, P).
+    """Return one row of DPO's log. policy, ref: log-probs (2, P), better and worse.
 
-    drift is how far log-probs moved from the reference, in nats. The loss asks for a difference
-    only, so mostly both fall, the worse response's faster: watch drift/chosen.
+    drift is how far the log-probs moved from the reference, in nats. The loss depends only on the
+    difference of the two, so usually both fall, the worse one faster. Watch drift/chosen.
     """
     logps = policy.detach().mean(1).tolist()
     drift = (policy - ref).detach().mean(1).tolist()
@@ -75,9 +75,9 @@ DPO_COLUMNS = {"step": ("step", "d"),
 
 
 def warnings(row, first_entropy, cfg):
-    """Return what is wrong with an update -> {name: one line with the likely cause}.
+    """Return the problems of an update -> {name: one line with the likely cause}.
 
-    row: its diagnostics; first_entropy: that of update 0, in nats per token.
+    row: the metrics of the update; first_entropy: the entropy of update 0, in nats per token.
     """
     ratio = row["val/ratio_first"]
     kl = row["objective/kl"]

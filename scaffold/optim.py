@@ -29,5 +29,5 @@ def lr_at(step, steps, lr, schedule="cosine", floor=0.1):
 
 
 def autocast(device):
-    """bf16 matrix products on a GPU; fp32 on a CPU, where small models gain nothing from bf16."""
+    """Use bf16 on a GPU, and fp32 on a CPU, where small models gain nothing from bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

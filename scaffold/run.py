@@ -12,7 +12,7 @@ had never stopped.
         run.log(step=step, loss=loss.item(), grad_norm=norm)
     run.finish()
 
-A second process in the same folder is refused. `python lab/resume.py` shows it.
+A second process in the same folder is refused. `python lab/resume.py` demonstrates resuming.
 """
 import json
 import math
@@ -106,7 +106,8 @@ def log_metrics(path, fresh=False, **row):
 def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
     """Take one optimizer step at learning rate lr; return the gradient norm before clipping.
 
-    Raises Diverged, naming `where`, before any weight changes if loss or gradient is not finite.
+    Raises Diverged, naming `where`, if the loss or the gradient is not finite; the weights are then
+    unchanged.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -135,7 +136,7 @@ def digest(paths):
 def ensure_stage(path, stage, cfg, **settings):
     """Run an earlier stage if its checkpoint is missing.
 
-    stage: the module, with Config and main; settings: fields of its Config beside the shared ones.
+    stage: the module, with Config and main; settings: fields of its Config besides the shared ones.
     Raises UserError if that stage was stopped half-way, because a new start would discard it.
     """
     if path.exists():
@@ -218,7 +219,7 @@ def restore(part, saved):
 class Run:
     """One training run in the folder cfg.out, with its log NAME.jsonl and its state NAME.state.
 
-    cfg     has out, save_every, resume and the settings, which a resumed run must share
+    cfg     has out, save_every, resume, and the settings that a resumed run must share
     inputs  files and folders the run reads; a resumed run must find them unchanged
     made    the file that a finished run leaves behind; NAME.pt by default
     parts   everything that a step changes, see snapshot
@@ -341,7 +342,7 @@ class Run:
         if rank() == 0 and self.log_path.exists():   # drop rows of steps that will run again
             os.truncate(self.log_path, min(saved["log_bytes"], self.log_path.stat().st_size))
         print(f"resuming {self.name} at step {self.step} of {n}")
-        self.saved = None   # it may be as large as the model
+        self.saved = None   # free it: it may be as large as the model
 
     def seconds(self):
         """Return the seconds spent on this run, including those before a kill."""

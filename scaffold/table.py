@@ -7,7 +7,7 @@ def printable(text):
 
 
 def cell(value, form):
-    """Format one value; "-" if it is missing, a list of shares as 40/50/10."""
+    """Format one value: "-" if it is missing, 40/50/10 if it is a list of shares."""
     if value is None:
         return "-"
     if isinstance(value, (list, tuple)):
