@@ -1,8 +1,9 @@
 """Simulated annotators judge responses by five criteria: the seed data of self_reward.py.
 
-An annotator names the things that the prompt asks for and says of each whether the response has it.
-Then come the criteria. The response has some of what was asked for, much of it, or all of it. It is
-true if it makes nothing up. It is polite. self_reward.py writes this with points and their sum:
+An annotator names the things that the prompt asks for and says for each whether the response has
+it. Then the annotator marks five criteria: the response has some of what was asked for, much of it,
+and all of it; it is true, which means it makes nothing up; it is polite. data/verdicts.py writes
+this with points and their sum:
 
     Write to Ben. Ask for a visit at the lake.  |  Dear Ben, how are you?
     Ben 1 lake 0. some 1 much 0 all 0 true 3 polite 3. Score: 7
@@ -73,7 +74,7 @@ def annotate(task, response, noise=0.0, rng=random, halo=False):
 
 
 def accepted(scores, ranks):
-    """Return which of K judgements to learn from, K bools.
+    """Return which of K judgements to learn from, as K bools.
 
     A judgement is accepted if its order agrees with the people's ranks in most of its pairs. The
     paper wants the order of all K to agree, but noisy ranks would hardly ever allow that.
@@ -89,10 +90,10 @@ def accepted(scores, ranks):
 
 
 def judged(records, weights, noise=0.05, halo=0.0, seed=0):
-    """Judge ranked responses -> the records with "verdicts": a Verdict per response, else None.
+    """Judge ranked responses -> the records with "verdicts", one per response.
 
-    It is None if the verdict is not accepted. weights: points per criterion. halo: share of the
-    responses that get PHRASE appended before they are judged.
+    An entry is a Verdict, or None if the verdict is not accepted. weights: points per criterion.
+    halo: share of the responses that get PHRASE appended before they are judged.
     """
     rng = random.Random(seed)
     result = []

@@ -3,7 +3,7 @@
 The idea. A token is a string of bytes. Start with the 256 single bytes, so that every text can be
 encoded. Cut the text into words with a regex, and count them. Then repeat: find the adjacent pair
 of tokens that occurs most often inside words, make it one new token everywhere, and append it to
-the vocabulary. Frequent words end as one token, rare words as pieces.
+the vocabulary. Frequent words end up as one token, rare words as several.
 
 A tiny example: the words "under" (4 times), "mis" (3) and "stood" (2). The pairs d-e, e-r, n-d and
 u-n are the most frequent (4 each). A tie goes to the smallest pair, so d-e is first. There are ten
@@ -52,11 +52,11 @@ BYTES = [bytes([b]) for b in range(256)]
 @dataclass
 class Config:
     data: str = ""                    # a UTF-8 file, or a folder: every *.txt below it is read;
-                                      # take the text that the model will train on
+                                      # use the text that the model will train on
     out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use:
                                       # checkpoints need the one that they were trained with
     vocab_size: int = 1024            # all tokens, the 256 bytes and 5 specials included;
-                                      # 1024 suits the village, 4096 to 8192 some MB of English
+                                      # 1024 suits the village, 4096 to 8192 a few MB of English
 
 
 def kind_of(char):
@@ -71,8 +71,8 @@ def kind_of(char):
 def to_re(pattern, last=sys.maxunicode):
     r"""Compile a pattern of tiktoken with the standard `re`, which does not know \p{L} and \p{N}.
 
-    \p{L}, \p{N}, \s and \S become ranges of characters up to the code point `last`; \S must stand
-    outside of brackets.
+    \p{L}, \p{N}, \s and \S become ranges of characters up to the code point `last`; \S must be
+    outside brackets.
 
     Python and tiktoken have tables of different Unicode versions. A character that is new in the
     later version may be a letter for one and not for the other. Words with it are then cut in
@@ -132,7 +132,7 @@ def read_texts(files):
 def count_words(texts):
     """Cut strings into words with PATTERN. Returns a Counter of words as bytes.
 
-    Millions of words of a text are only some ten thousand different ones, and training needs each
+    A text of millions of words has only some ten thousand different ones, and training needs each
     of these only once.
     """
     counts = Counter()
@@ -176,8 +176,8 @@ def merge_pair(word, pair):
 def train_bpe(counts, n_merges):
     """Learn the merges from a Counter of words. Returns a list of pairs, in order.
 
-    Each pair is the most frequent one after the merges before it; of equally frequent pairs it is
-    the smallest tuple. The list is shorter than n_merges if no pair is left that occurs twice: its
+    Each pair is the most frequent one after the merges before it; ties go to the
+    smallest tuple. The list is shorter than n_merges if no pair is left that occurs twice: its
     token would memorise one place of the text.
 
     No two merges make the same bytes, because a string that no merge crosses is always cut in the
@@ -192,9 +192,9 @@ def train_bpe(counts, n_merges):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += freqs[i]
             where[pair].add(i)
-    # A heap cannot change an entry. Push each changed count again and leave the old entry there; an
-    # entry is valid only if it equals pair_counts. The heap pops the smallest entry, so counts are
-    # negative. The pair itself breaks ties.
+    # An entry of a heap cannot change. Push each changed count as a new entry and keep the old one;
+    # an entry is valid only if its count equals pair_counts. The heap pops the smallest entry, so
+    # counts are negative. The pair itself breaks ties.
     heap = [(-n, pair) for pair, n in pair_counts.items()]
     heapq.heapify(heap)
 
@@ -206,7 +206,7 @@ def train_bpe(counts, n_merges):
             break
         _, best = heapq.heappop(heap)
         merges.append(best)
-        # This makes it fast: only words with the pair, and only counts beside a merge, change.
+        # This is fast because only words with the pair change, and only counts next to a merge.
         delta = Counter()
         for i in where.pop(best):
             words[i], changes = merge_pair(words[i], best)
@@ -239,7 +239,7 @@ def bytes_per_token(counts, merges):
     tiktoken encodes them, which also checks that it accepts the ranks.
     """
     ranks = {token: rank for rank, token in enumerate(vocabulary(merges))}
-    # The words are cut already, so this pattern takes a whole word. PATTERN would panic on a word
+    # The words are already cut, so this pattern matches a whole word. PATTERN would panic on a word
     # of a million spaces.
     enc = tiktoken.Encoding("words", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
     n_tokens = sum(len(enc.encode_ordinary(word.decode())) * n for word, n in counts.items())

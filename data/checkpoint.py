@@ -24,10 +24,10 @@ def tokenizer_of(state, path):
 
 
 def body_weights(config, weights):
-    """Return the weights of the GPT itself: of a reward model, those below the head.
+    """Return the weights of the GPT itself; for a reward model, those below the head.
 
     Raises ValueError, or another exception, if the sizes differ from the config. Call it before
-    building the model: a damaged size could ask for all the memory there is.
+    building the model, because a damaged size could demand all available memory.
     """
     body = {k[5:]: v for k, v in weights.items() if k.startswith("body.")} or weights
     V, T, C = config.vocab_size, config.block_size, config.n_embd

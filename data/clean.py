@@ -23,7 +23,7 @@ number. Cleaning takes three steps.
     python data/clean.py --data web --out web-clean --show 3   # also print some of what is dropped
     python lab/cleaning.py                                     # how well does it work?
 
-Cleaning 10 MB takes about 20 seconds on one CPU core. Rules of thumb err: read what is dropped
+Cleaning 10 MB takes about 20 seconds on one CPU core. Rules of thumb fail: read what is dropped
 before you trust them on a new kind of text. They are made for prose and drop half of all source
 code. Read next: lab/cleaning.py.
 """
@@ -53,7 +53,7 @@ class Config:
     data: str = ""           # a UTF-8 text file, or a folder of *.txt; <|end|> separates documents
     out: str = ""            # the folder for the cleaned files
     min_words: int = 4       # drop shorter documents; 4 suits the village, 50 web pages (Gopher)
-    threshold: float = 0.8   # two documents are copies from this estimated similarity on
+    threshold: float = 0.8   # documents are copies if their estimated similarity is this high
     show: int = 0            # print this many dropped documents per reason
     seed: int = 0            # seed of the hashes
 
@@ -82,8 +82,8 @@ BOILERPLATE = re.compile(
     r"关注.{0,4}公众号|页面(不存在|未找到)|请先登录|免责声明",
     re.I,
 )
-# Five consonants in a row, or four and more letters without a vowel. Few English words are like
-# this, but half of all random ones.
+# Five consonants in a row, or four or more letters without a vowel. Few English words look like
+# this, but half of all random strings do.
 NO_WORD = re.compile(r"[b-df-hj-np-tv-xz]{5}|^[b-df-hj-np-tv-xz]{4,}$")
 BULLET = re.compile(r"\s*([-*+•·●▪►]|\d+[.)])\s")
 CUT_OFF = re.compile(r"(\.\.\.|…)\s*$")
@@ -226,7 +226,7 @@ def is_iban(text):
 def is_ip(text):
     """Return whether a string is an IP address that can belong to a person.
 
-    Four single digits are far more often a version, and a::b is code.
+    Four single digits are more likely a version number, and a::b is code.
     """
     try:
         address = ipaddress.ip_address(text)
@@ -258,7 +258,7 @@ class Rule(NamedTuple):
     check: Callable | None = None   # string -> whether it is personal data; None: it always is
 
 
-# The edges are ASCII: Chinese has no spaces around a number.
+# The characters at the edges are ASCII: Chinese has no spaces around a number.
 START = r"(?<![A-Za-z\d])(?<![A-Za-z]-)(?<!\d[.,-])"
 STOP = r"(?![A-Za-z\d]|[.,:-]\d)"
 EXTENSION = r"(?: ?(?:x|ext\.?) ?\d{1,6})?"
@@ -359,7 +359,7 @@ def hash_words(texts, n):
     """Hash every word of N documents to 64 bits.
 
     Returns (hashes, lengths): (W,) uint64, all words one after the other, and (N,), the number of
-    words of each document. A document of fewer than n words is filled up with empty words.
+    words of each document. A document of fewer than n words is padded with empty words.
     """
     hash_of = {}
     hashes = array("Q")
@@ -435,7 +435,7 @@ def near_duplicates(texts, threshold=0.8, seed=0, bands=20):
 
 
 class Cleaned(NamedTuple):
-    """What became of one document."""
+    """The result for one document."""
     text: str | None   # with its masks; None if it is dropped
     reason: str        # "kept", or the reason why it is dropped
     masked: Counter    # {kind: number of masks} of a document that is kept
@@ -444,7 +444,7 @@ class Cleaned(NamedTuple):
 def clean(texts, min_words=4, threshold=0.8, seed=0):
     """Clean a list of documents. Returns a list of Cleaned, in the same order.
 
-    Masks come before the search for copies: two mirrors of a page may differ in a phone number.
+    Masking comes before the search for copies: two mirrors of a page may differ in a phone number.
     """
     cleaned = []
     for text in texts:
@@ -487,7 +487,7 @@ def check(cfg):
 
 
 def summary(counts):
-    """Write a Counter as '12 short, 3 copy', or 'none'."""
+    """Format a Counter as '12 short, 3 copy', or 'none'."""
     return ", ".join(f"{n:,} {name}" for name, n in counts.most_common()) or "none"
 
 

@@ -90,7 +90,7 @@ def reading(rng):
 
 
 def school(rng):
-    """A page of a school book: a short task with a right response, which may be the short form."""
+    """A page of a textbook: a short task with a correct response, which may be the short form."""
     use = rng.choice([use for use in SHARES if use not in ("generation", "brainstorm")])
     task, messages = new_task(rng, use=use)
     _, full, short, _ = KINDS[task["kind"]].FORMS[task["topic"]]
@@ -199,7 +199,7 @@ def write(folder, seed=0, megabytes=12.0):
 
 
 def ensure(folder, seed=0):
-    """Return the folder; write the village there first unless it is complete.
+    """Return the folder; write the village there first if it is not complete.
 
     Data of another seed is kept, with a notice: checkpoints may depend on it.
     """

@@ -1,7 +1,7 @@
-"""The record formats users bring: chats, ranked responses, prompts and seed tasks.
+"""The record formats that users bring: chats, ranked responses, prompts and seed tasks.
 
-Files are .json (one list), .jsonl (one object a line), either with .gz. data/README.md shows two
-records of each format.
+Files are .json (one list) or .jsonl (one object per line), optionally gzipped (.gz).
+data/README.md shows two records of each format.
 
 A malformed record is a UserError with file and line. A record that is well-formed but unusable,
 such as a chat without a response, is skipped; the number of skipped records is printed.
@@ -39,7 +39,7 @@ def read_bytes(path):
         # Text shrinks 3 to 20 times; a file made to fill the memory shrinks 1,000 times.
         most = max(10_000_000, 100 * len(raw))
         content = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(most + 1)
-    except OSError as e:   # BadGzipFile is one, too
+    except OSError as e:   # BadGzipFile is an OSError
         raise UserError(f"{path}: {e.strerror or e}") from None
     except (EOFError, zlib.error):
         raise UserError(f"{path}: the compressed file is damaged or cut off") from None
@@ -213,7 +213,7 @@ def read_ranked(r, where):
 def read_comparison(r, where):
     """Turn a record of ranked responses into (prompt messages, responses, ranks), rank 1 best.
 
-    Knows {"prompt", "responses", "ranks"}, {"prompt", "chosen", "rejected"}, and pairs of whole
+    Accepts {"prompt", "responses", "ranks"}, {"prompt", "chosen", "rejected"}, and pairs of whole
     chats or Anthropic transcripts. Returns None if the chats of a pair do not share a prompt.
     """
     if "responses" in r and "ranks" in r and "prompt" in r:
@@ -226,7 +226,7 @@ def read_comparison(r, where):
         return as_messages(r["prompt"], where), pair, [1, 2]
     chats = [parse_transcript(x, where) if isinstance(x, str) else check_messages(x, where)
              for x in pair]
-    if "prompt" in r:   # beside it, each side is a whole chat, or only the response
+    if "prompt" in r:   # then each side is a whole chat, or only the response
         prompt = as_messages(r["prompt"], where)
         for i, c in enumerate(chats):
             only_response = c[0]["role"] == "assistant" and c[:len(prompt)] != prompt
@@ -358,8 +358,8 @@ def load_val(train, path, load, seed):
 def load_grader(spec, records, flag="--gold"):
     """Import the grader 'package.module:function', which grades (task, response).
 
-    Grades are for reports only. Returns None for an empty spec, and unless every record has a task
-    with a kind: users may use "task" for something else. Raises UserError for a wrong spec.
+    Grades are for reports only. Returns None if the spec is empty or a record has no task with
+    a kind: users may use "task" for something else. Raises UserError for a wrong spec.
     """
     graded = all(isinstance(r.get("task"), dict) and "kind" in r["task"] for r in records)
     if not spec or not graded:

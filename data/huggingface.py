@@ -9,7 +9,7 @@ from data.text import read_text
 from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint, save_checkpoint
 
-# Our name of a size -> theirs.
+# Our name for a size -> theirs.
 SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
              n_embd="n_embd")
 # Hugging Face stores these matrices of a block as (in, out), the transpose of nn.Linear.

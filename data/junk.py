@@ -165,7 +165,7 @@ def german(rng):
 
 
 def loop(rng):
-    """Repeat a sentence with a running number: no line is repeated, and nothing is said."""
+    """Repeat a sentence with a running number: no line repeats, and the text says nothing."""
     food = rng.choice(village.WORDS["food"])
     return " ".join(f"The {food} costs {i} coins." for i in range(1, rng.randint(15, 40)))
 
@@ -224,7 +224,7 @@ UNSEEN = {
 }
 
 
-# Copies of a page, as a mirror would show it.
+# Copies of a page, as a mirror site would show it.
 
 def exact_copy(text, rng):
     return text
@@ -281,7 +281,7 @@ def name(rng):
 def write_form(rng, form):
     """Write a string of this form.
 
-    In a template '~' is a name, '9' a digit from 2 on, '#' any digit; other characters stay.
+    In a template '~' is a name, '9' a digit from 2 to 9, '#' any digit; other characters stay.
     """
     if callable(form):
         return form(rng)
@@ -307,7 +307,7 @@ def group(digits, sizes, separator=" "):
 
 
 def card(rng, prefix, length):
-    """Write a card number. All ten check digits are tried, with no formula shared with clean.py."""
+    """Write a card number. Try all ten check digits, and share no formula with clean.py."""
     doubled = {"0": 0, "1": 2, "2": 4, "3": 6, "4": 8, "5": 1, "6": 3, "7": 5, "8": 7, "9": 9}
     body = prefix + draw(rng, DIGITS, length - len(prefix) - 1)
     for check_digit in DIGITS:

@@ -5,7 +5,7 @@ so close responses are tied. Two labelers agree on 70 to 73% of the pairs that n
 (InstructGPT's labelers: 72.6 +- 1.5%). The reward model sees only the ranks, never the gold score.
 
     python data/labelers.py                          make OUT/data/ranked_*.jsonl with OUT/sft.pt
-    python data/labelers.py --show 3                 and print three ranked prompts
+    python data/labelers.py --show 3                 also print three ranked prompts
 """
 import random
 import sys
@@ -24,7 +24,7 @@ LABELERS = 12
 
 @dataclass
 class Config(BaseConfig):
-    show: int = 0                # ranked prompts to print in the end
+    show: int = 0                # ranked prompts to print at the end
 
 
 class Habit(NamedTuple):
@@ -33,7 +33,7 @@ class Habit(NamedTuple):
 
 
 def habits(seed):
-    """Draw the labelers' habits. The noise was set once, so that two agree as InstructGPT's did."""
+    """Draw the labelers' habits. The noise makes them agree about as often as InstructGPT's did."""
     rng = random.Random(seed)
     return [Habit(rng.uniform(0.48, 0.88), rng.gauss(0.01, 0.01)) for _ in range(LABELERS)]
 
@@ -57,8 +57,8 @@ def ranks_of(scores):
 def rank(model, enc, prompts, seed=0, max_new_tokens=64):
     """Sample responses to prompts and rank them.
 
-    Return the records with "responses", "ranks", "scores", "labeler" and "ranks_other", which a
-    second labeler gives. A prompt is skipped if all its responses are tied.
+    Return the records with "responses", "ranks", "scores", "labeler" and "ranks_other", the ranks
+    of a second labeler. A prompt is skipped if all its responses are tied.
     """
     import sft   # a later stage, so not imported at the top
 
@@ -87,8 +87,8 @@ def rank(model, enc, prompts, seed=0, max_new_tokens=64):
 def ensure(out, seed=0, device="auto"):
     """Return the paths of the ranked training and validation files.
 
-    They are made from OUT/sft.pt first if they are missing or older than that model, since people
-    rank the responses of the present model. Raises UserError if there is no OUT/sft.pt.
+    Make them from OUT/sft.pt first if they are missing or older than that model, because the
+    rankings must be of its own responses. Raises UserError if there is no OUT/sft.pt.
     """
     import gpt   # a later stage, so not imported at the top
 

@@ -10,16 +10,16 @@ import torch
 
 
 def ranked_pairs(ranks):
-    """Return the pairs (better, worse) of indices into K ranks, ties left out."""
+    """Return the pairs (better, worse) of indices into K ranks, without ties."""
     return [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
 
 
 def choose_pairs(responses, ranks, how, rng):
-    """Return [(index of the better, of the worse)] of K responses, without ties and equal ones.
+    """Return pairs (better, worse) of indices of K responses; skip ties and equal responses.
 
     how: all, extreme (the widest difference in rank) or random (one pair).
     """
-    in_fp32 = torch.tensor(ranks, dtype=torch.float).tolist()   # as the reward model's loss
+    in_fp32 = torch.tensor(ranks, dtype=torch.float).tolist()   # as in the reward model's loss
     pairs = [(i, j) for i, j in ranked_pairs(in_fp32) if responses[i] != responses[j]]
     if not pairs or how == "all":
         return pairs
@@ -32,8 +32,8 @@ def choose_pairs(responses, ranks, how, rng):
 def pair_accuracy(scores, ranks, distance=None):
     """Return (share of pairs that the scores order as the ranks do, number of pairs).
 
-    scores, ranks: one list of K numbers per prompt. Ties in rank are no pairs; ties in score count
-    half. distance: a condition on the difference of the two ranks.
+    scores, ranks: one list of K numbers per prompt. A tie in rank is not a pair; a tie in score
+    counts half. distance: a condition on the difference of the two ranks.
     """
     right = n = 0
     for s, r in zip(scores, ranks):
@@ -61,7 +61,7 @@ def word_scores(comparisons):
 
 
 def agreement(comparisons):
-    """Return how often two labelers agree, of the pairs that neither ties."""
+    """Return how often two labelers agree on a pair, among the pairs that neither ties."""
     pairs = []
     for c in comparisons:
         a, b = c.record["ranks"], c.record["ranks_other"]
@@ -72,10 +72,11 @@ def agreement(comparisons):
 
 
 def report(name, comparisons, scores, words, gold):
-    """Return a row for the log: accuracies of the scores and of simple competitors.
+    """Return a row for the log: accuracies of the scores and of simple baselines.
 
-    words: word_scores; gold: the grader, or None. length_alone is the accuracy of a liking for long
-    responses, gold_program of the grader, and accuracy_against_gold compares the scores with it.
+    words: word_scores; gold: the grader, or None. length_alone is the accuracy of preferring the
+    longer response, and gold_program that of the grader. accuracy_against_gold compares the scores
+    with the grader.
     """
     ranks = [c.record["ranks"] for c in comparisons]
     accuracy, pairs = pair_accuracy(scores, ranks)

@@ -17,8 +17,8 @@ helpful grades an output. So a program can audit every task that a model writes.
 
 A model continues a numbered list only if it has read numbered lists. So the base model of
 Self-Instruct reads pages first: lists of tasks, worked examples, labels with inputs, and tasks with
-"Is it classification?". The pages show one half of the world. A pair of topic and manner with an
-odd hash is on no page and in no seed task, and neither is the fourth wording of an instruction.
+"Is it classification?". The pages show half of the world. A pair of topic and manner whose hash is
+odd appears on no page and in no seed task. Neither does the fourth wording of an instruction.
 """
 import random
 import re
@@ -101,7 +101,7 @@ ALL = {name: kind for name, kind in KINDS.items() if name != "chat"}
 ALL |= dict(sort=Sort(), same=Same(), line=Line())
 CLASSIFICATION = ("tone", "manners", "sort", "same")   # topics whose outputs are labels
 
-# An op is a pair (kind, topic). ASK: the wordings of the ops whose input stands apart.
+# An op is a pair (kind, topic). ASK: the wordings of the ops whose input is a separate string.
 ASK = {("closedqa", topic): ["Read the text. " + life.question,
                              "Answer from the text: " + life.question,
                              "Look it up in the text: " + life.question,
@@ -126,7 +126,7 @@ ASK |= {
     ("classify", "manners"): ["Is the line polite or rude?", "How does it sound, polite or rude?",
                               "Tell me if this is polite or rude.", "Polite or rude, what is it?"]}
 
-# INPUT: the form of each op's input. An op that is not in it has no input.
+# INPUT: the form of each op's input. An op without an entry has no input.
 INPUT = {("rewrite", "polite"): "Give me the {thing}!",
          ("rewrite", "past"): "{person} walks to the {place}.",
          ("rewrite", "plural"): "{person} has a {thing}.",
@@ -236,7 +236,7 @@ def new_task(rng, op=None, half="seen", wording=None):
 
 
 def ideal(task, rng, whole=0.7):
-    """Write a right output in the task's manner, as a whole sentence with probability `whole`."""
+    """Write a correct output in the task's manner, a whole sentence with probability `whole`."""
     kind = ALL[task["kind"]]
     if isinstance(kind, Wishes):
         output = kind.answer(task, rng, care=1.0)
@@ -284,7 +284,7 @@ def read_manner(instruction):
 
 
 def read_instruction(text):
-    """Invert new_task: return what the instruction alone tells, or None if it is not ours."""
+    """Invert new_task: return what the instruction alone tells; None if it is not of this world."""
     core, manner, said = read_manner(text)
     for op in OPS:
         name, topic = op
@@ -303,7 +303,7 @@ def read_instruction(text):
 def read_wishes(kind, form, text):
     """Read a request and the wishes after it: return its words, and the wishes in order.
 
-    Returns None if there is no wish, a wish comes twice, or a sentence is no wish of this kind.
+    Returns None if there is no wish, a wish comes twice, or a sentence is not a wish of this kind.
     """
     n = len(sentences(form))
     lines = sentences(text) or []
@@ -385,7 +385,7 @@ def input_words(op, text, person):
 
 
 def read_life(topic, text, person):
-    """Read statements of LIFE about one person, each of another topic.
+    """Read statements of LIFE about one person, each on a different topic.
 
     known: whether one of them has the topic that the instruction asks for.
     """
@@ -469,7 +469,10 @@ def read_prompt(text):
 
 
 def read_filled(op, form, text, span):
-    """Read a prompt as a form with the span as its {text}, or None. An empty span: no {text}."""
+    """Read a prompt as a form with the span as its {text}, or None.
+
+    The span is empty if the form has no {text}.
+    """
     if span:
         form = form.replace("{text}", "\0")
         text = text.replace(span, "\0", 1)
@@ -503,7 +506,7 @@ def audit(instruction, input, output):
     whole = read_input(task, input)
     if whole is None:
         return Audit(True, False, False)
-    needed = 0.4 if isinstance(ALL[task["kind"]], Reply) else 1.0   # one right word is right, too
+    needed = 0.4 if isinstance(ALL[task["kind"]], Reply) else 1.0   # one right word counts, too
     return Audit(True, True, helpful(whole, output) >= needed)
 
 
@@ -592,7 +595,7 @@ def label_page(rng):
 
 
 def kind_page(rng):
-    """Write five to eight tasks, and of each whether it is a classification."""
+    """Write five to eight tasks, and for each whether it is a classification."""
     blocks = []
     for _ in range(rng.randint(5, 8)):
         yes = rng.random() < 0.4
@@ -602,8 +605,8 @@ def kind_page(rng):
     return "\n".join(blocks)
 
 
-# Each page and its share of what the model reads. The rest is what it has read before, so that it
-# does not forget.
+# Each page and its share of what the model reads. The rest is like what it has read before, so that
+# it does not forget.
 PAGES = dict(list_pages=(list_page, 0.14), question_pages=(question_page, 0.12),
              examples=(example, 0.34), example_pages=(example_page, 0.14),
              label_pages=(label_page, 0.08), kind_pages=(kind_page, 0.04))
@@ -619,7 +622,7 @@ def write_pages(folder, seed=0, megabytes=10.0):
 
 
 def seed_tasks(rng, n=175):
-    """Write people's tasks in the paper's format: of every topic, with right outputs.
+    """Write tasks as people would, in the paper's format: every topic, with correct outputs.
 
     A classification task has two instances with different labels.
     """
@@ -654,7 +657,7 @@ def held_out_tasks(rng):
 
 
 def ensure(folder, seed=0):
-    """Write the files of the docstring into the folder unless they are there, and return it."""
+    """Write the files listed in the module docstring, unless they exist. Return the folder."""
     folder = Path(folder)
     if (folder / "pages" / "mixture.json").exists():   # the last file to be written
         return folder

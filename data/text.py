@@ -71,7 +71,7 @@ def split_validation(documents, n):
 
 
 def read_weights(path, mixture):
-    """Return ({source: weight}, where they come from) of --mixture or the folder's mixture.json.
+    """Return ({source: weight}, origin of the weights) from --mixture or the folder's mixture.json.
 
     The dict is empty if there is neither. Raises UserError for malformed weights.
     """
@@ -134,7 +134,9 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
 
 
 def checkpoint_text(path, enc, block_size, other=""):
-    """Read the text a checkpoint was pretrained on, split and weighted as then, or `other` text.
+    """Read the text a checkpoint was pretrained on, split and weighted as it was then.
+
+    Read `other` instead if it is given.
 
     Raises UserError if the checkpoint does not name its text, or if the text is gone.
     """

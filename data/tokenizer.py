@@ -49,7 +49,7 @@ def read_tokenizer(path):
 def get_tokenizer(name=None):
     """Return a `tiktoken.Encoding` with the five special tokens.
 
-    name: a file made by data/bpe.py, a tiktoken name such as gpt2, or nothing for the embedded one.
+    name: a file made by data/bpe.py, a tiktoken name such as gpt2, or None for the embedded one.
     Raises UserError if there is no such tokenizer.
     """
     path = Path(name) if name else Path(__file__).with_name("tokenizer.json")
@@ -95,7 +95,7 @@ def decode_token(enc, token):
 
 
 def fingerprint(enc):
-    """Return a short hash of all that gives ids their meaning; checkpoints store it."""
+    """Return a short hash of everything that gives ids their meaning; checkpoints store it."""
     h = hashlib.sha256(enc._pat_str.encode())
     for token, _ in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]):
         h.update(len(token).to_bytes(4, "big") + token)

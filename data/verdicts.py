@@ -23,7 +23,7 @@ from data import annotators
 from data.formats import as_messages, read_records
 from scaffold.cli import UserError
 
-# Points per criterion, weighted like gold: rudeness or an invention costs all usefulness.
+# Points per criterion. As in gold, rudeness or an invention costs as much as all usefulness.
 POINTS = dict(some=1, much=1, all=1, true=3, polite=3)
 MAX_SCORE = sum(POINTS.values())
 INSTRUCTION = "Judge: " + " ".join(f"{name} {points}" for name, points in POINTS.items()) + "."
@@ -49,7 +49,7 @@ def write_verdict(wishes, met):
 
 
 def parse_score(verdict, max_score=MAX_SCORE):
-    """Read the last 'Score: n' of a verdict; None if there is none, or if n exceeds max_score."""
+    """Read the last 'Score: n' of a verdict; None if it is missing or n exceeds max_score."""
     found = re.findall(r"\bscore:\s*(\d+(?:\.\d+)?)", verdict, re.IGNORECASE)
     if not found or float(found[-1]) > max_score:
         return None
@@ -57,7 +57,7 @@ def parse_score(verdict, max_score=MAX_SCORE):
 
 
 def mean_score(scores):
-    """Average the scores that could be read; None if none could.
+    """Average the readable scores; None if no score is readable.
 
     An unreadable verdict is not a zero: a zero would turn a good response into the rejected one.
     """
@@ -94,7 +94,7 @@ def annotated(ranked, noise, halo, seed):
 
 
 def prompt_text(messages):
-    """Join the turns of a prompt to one string; prompts are the same if their strings are."""
+    """Join the turns of a prompt into one string. Prompts with equal strings are the same."""
     return "\n".join(m["content"] for m in messages)
 
 
@@ -120,7 +120,7 @@ def disjoint(chats, records, seed=0):
 
 
 class SeedData(NamedTuple):
-    """The data of people that a model starts from. No two of the three share a prompt."""
+    """The human data that a model starts from. No two of the three share a prompt."""
     chats: list       # IFT
     judged: list      # EFT: judged responses
     held_out: list    # judged responses that test the judge
@@ -161,7 +161,7 @@ def judged_responses(records):
 
 
 def balanced(judged, rng):
-    """Cut the most common score down, at random, to the number of the second most common."""
+    """Drop random responses of the most common score until it is as rare as the second."""
     common = Counter(j.score for j in judged).most_common(2)
     if len(common) < 2:
         return judged
