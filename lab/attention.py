@@ -10,7 +10,7 @@ with 40% of the tokens hidden, and guesses these. As in BERT, 80% of the chosen 
 mask, 10% a random token, and 10% stay. BERT chose 15% of the tokens. With few tokens to read, a
 higher share teaches more (Wettig et al., 2202.08005).
 
-The test takes a word in the middle of a held-out document. The models choose it among all words of
+The test takes a word in the middle of a held-out document. The models choose it from all words of
 the vocabulary that such documents contain:
 
     gap, left side    causal: its prediction at the gap, which cannot use the right side
@@ -85,7 +85,7 @@ def hidden(model, ids, segments, causal):
 
 
 def logits_of(model, ids, causal):
-    """(B, T) -> (B, T, V) for one document per row, without padding."""
+    """Return logits (B, T, V) of ids (B, T), one document per row, without padding."""
     return model.unembed(hidden(model, ids, torch.ones_like(ids), causal))
 
 
@@ -111,7 +111,7 @@ def masked_lm_loss(model, ids, segments, shown, chosen):
 
 
 def train(causal, sources, enc, cfg, seed, device):
-    """Return a GPT after cfg.steps steps of next-token prediction, or of guessing hidden tokens."""
+    """Train a GPT for cfg.steps steps of next-token prediction, or of guessing hidden tokens."""
     torch.manual_seed(seed)
     model = gpt.GPT(gpt.GPTConfig(enc.n_vocab, T, 2, 4, cfg.n_embd)).to(device)
     optimizer = adamw(model, cfg.lr, 0.01)

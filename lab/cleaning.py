@@ -1,6 +1,6 @@
-"""Cleaning: how much junk does data/clean.py find, how much good text does it drop, does it pay?
+"""Cleaning: how much junk does data/clean.py find, what good text does it drop, is it worth it?
 
-Claim. Cleaning is worth more than tricks of training. At equal tokens, a model trained on cleaned
+Claim. Cleaning is worth more than training tricks. At equal tokens, a model trained on cleaned
 text has a lower loss on good text than a model trained on polluted text, and it remembers fewer of
 the phone numbers.
 
@@ -16,7 +16,7 @@ was planted. Debris is found; fluent junk (sales talk, banners, shuffled words) 
 forms of personal data are found half of the time.
 
     python lab/cleaning.py                        all four tables, appended to OUT/clean.jsonl
-    python lab/cleaning.py --threshold 0.6        drop copies that are less alike
+    python lab/cleaning.py --threshold 0.6        also drop less similar copies
 
 A minute and a half on one CPU core. Needs no checkpoint. Read next: gpt.py.
 """
@@ -44,7 +44,7 @@ from scaffold.run import log_metrics, set_seed, take_step
 @dataclass
 class Config:
     out: str = "out"         # the folder for clean.jsonl
-    threshold: float = 0.8   # two documents are copies from this estimated similarity on
+    threshold: float = 0.8   # documents are copies if their estimated similarity is this high
     seed: int = 0            # seed of the planted junk and of the models
 
 
@@ -107,7 +107,7 @@ def measure_copies(rng, threshold, n=1000, each=50):
         n_exact = sum(i in exact for i in of_copies)
         n_either = sum(i in exact or i in near for i in of_copies)
         rows.append(CopyRow(change, n_exact / each, n_either / each))
-    # The pages come first, so every search says the same about them.
+    # The pages come first, so every search gives the same result for them.
     return rows, sum(i in near for i in range(len(pages))) / len(pages)
 
 
@@ -187,7 +187,7 @@ def known_secrets(model, enc, secrets):
 
     Returns {number of documents that contain the phone number: share}; chance is 2%. This is
     exposure (Carlini et al. 2019, The Secret Sharer), cut at one in fifty. It shows what a model
-    remembers long before the model says it.
+    remembers long before the model writes it.
     """
     known = Counter()
     for person, secret in secrets.items():

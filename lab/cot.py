@@ -1,8 +1,7 @@
 """Chain of thought: does a model add better when its demonstrations show the steps?
 
 Claim (Wei et al. 2022; Chung et al. 2022, FLAN). A few demonstrations with worked steps, mixed into
-many others, improve the responses that need several steps, and the other tasks stay as good as they
-were.
+many others, improve the responses that need several steps and do not make the other tasks worse.
 
 A model does the same amount of work for every token. If the response is one number, the two layers
 must find it at once. Steps are tokens too, and each of them is easy given those before it:
@@ -47,7 +46,7 @@ from scaffold.table import format_table
 @dataclass
 class Config(BaseConfig):
     tokens: int = 150_000        # tokens of sums in one epoch
-    demos: int = 2000            # demonstrations of the usual tasks among them
+    demos: int = 2000            # demonstrations of the usual tasks, mixed in
     epochs: int = 2              # passes over both
     lr: float = 2e-3             # peak learning rate, cosine to a tenth; twice that of sft.py,
                                  # because arithmetic is new to the model
@@ -76,7 +75,7 @@ class Sum(NamedTuple):
 
 
 def make_sum(rng, size):
-    """Return the Sum of `size` different foods; everybody in the village knows their prices."""
+    """Return the Sum of `size` different foods, whose prices are facts of the village."""
     foods = rng.sample(list(PRICE), size)
     total = PRICE[foods[0]]
     steps = [f"{foods[0]} {total}."]
@@ -195,8 +194,8 @@ def measure(model, enc, seen, new, usual, val_examples, seed):
 def verdict(rows, gain=0.10, harm=0.05):
     """Judge the claim from the rows of all seeds, in one sentence.
 
-    Steps must win `gain` of accuracy at equal tokens in every seed. The usual tasks must lose no
-    more than `harm` of gold, on average, against the copy that saw no sums.
+    Steps must raise the accuracy by `gain` at equal tokens in every seed. The usual tasks must lose
+    at most `harm` of gold, on average, against the copy that saw no sums.
     """
     of = {(r["run"], r["seed"]): r for r in rows}
     seeds = sorted({r["seed"] for r in rows})

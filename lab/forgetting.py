@@ -9,8 +9,8 @@ Two copies of OUT/sft.pt read the same number of tokens of perfect demonstration
     one task        demonstrations of --task alone
     all tasks       demonstrations of every use case, --task included
 
-After some of the epochs each copy responds to new prompts of that task and of all others, and reads
-held-out pretraining text.
+After some of the epochs each copy is measured: gold on new prompts of that task and of all others,
+and the loss on held-out pretraining text.
 
     python lab/forgetting.py                        three seeds
     python lab/forgetting.py --task classify        another task; a wrong name lists them all
@@ -51,7 +51,7 @@ VARIANTS = {"one": "one task", "all": "all tasks"}
 
 
 def measured_epochs(epochs):
-    """Return the epochs to measure after: 1, 4, 16, ... and the last."""
+    """Return the epochs after which to measure: 1, 4, 16, ... and the last."""
     return sorted({4 ** k for k in range(10) if 4 ** k < epochs} | {epochs})
 
 
@@ -68,7 +68,7 @@ def verdict(rows, change=0.05):
     """Judge the claim from the rows of all seeds, in one sentence.
 
     The claim has four parts: one task alone makes that task better, makes the others worse, and
-    makes them worse with more epochs; all tasks together do not make the others worse.
+    makes them even worse with more epochs; all tasks together do not make the others worse.
     """
     last = max(r["epoch"] for r in rows)
     first = min(r["epoch"] for r in rows if r["epoch"] > 0)

@@ -23,8 +23,8 @@ chance level), and how often greedy generation writes it.
 
 The documents of the village are short: no page of facts has more than three lines. A prompt with 4
 or 8 examples is longer than anything of its kind that the base model has read. The second group of
-rows shows how much reading longer pages helps. It is a copy of the model that has trained on pages
-of 2 to 9 examples of other tasks than those tested (as in MetaICL).
+rows shows how much reading longer pages helps. It measures a copy of the model that was trained on
+pages of 2 to 9 examples of tasks other than those tested (as in MetaICL).
 
     python lab/icl.py                      three seeds
     python lab/icl.py --read-on 0          the base model alone
@@ -90,7 +90,7 @@ def manners(rng):
 def fact(name, form):
     """Return the Task of completing a fact that everybody in the village knows.
 
-    The space before the label belongs to the label, as it belongs to the token of the word.
+    The space before the label is part of the label, as it is part of the word's token.
     """
     def draw(rng):
         key, value = rng.choice(list(FACTS[name].items()))
@@ -124,7 +124,7 @@ def label_first(query, label):
 
 
 def draw_examples(draw, query, rng):
-    """Return 8 examples (query, label), none with the given query: its label could be copied."""
+    """Return 8 examples (query, label), none with the given query, whose label could be copied."""
     examples = []
     while len(examples) < SHOTS[-1]:
         example = draw(rng)
@@ -186,7 +186,7 @@ def generated(model, enc, prompts):
 
 
 def read_on(model, enc, cfg, seed):
-    """Train on pages of other tasks, 2 to 9 lines each, as long as a page with its query."""
+    """Train on pages of other tasks, 2 to 9 lines each: as long as test pages with their query."""
     rng = random.Random(seed)
     device = model.wte.weight.device
     T = model.config.block_size
@@ -249,8 +249,8 @@ def verdict(rows, model, score, margin=0.05):
     """Judge each part of the claim for a model by one score, in one sentence.
 
     Compares mean accuracies at the number of shots where right labels do best; differences up to
-    `margin` do not count. Where examples do not help, it means nothing that labels do not matter
-    either, so the claim does not hold.
+    `margin` do not count. If examples do not help, it means nothing that labels do not matter, so
+    the claim does not hold.
     """
     right = {shots: mean(accuracy(rows, model, "right", shots, score)) for shots in SHOTS}
     best = max(SHOTS[1:], key=right.get)

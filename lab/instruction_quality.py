@@ -1,11 +1,11 @@
 """Measure what Self-Instruct made: is it new, is it right, and what is it worth as training data?
 
-self_instruct.py calls report and report_worth at the end of a run. Their rows stand in
+self_instruct.py calls report and report_worth at the end of a run. They write these rows to
 OUT/self_instruct.jsonl:
 
-    diversity   how much is new, and how near is the nearest seed task
+    diversity   how much is new, and how similar is the nearest seed task
     audit       are instruction, input and output right? (the paper's table 2, by program)
-    one label   why labels come before inputs: the share of the commonest label in both orders
+    one label   why labels come before inputs: the share of the commonest label in either order
     worth       gold of the base model fine-tuned on seven mixtures, on held-out tasks
 
 All but `diversity` need a module that grades: self_instruct.py --gold, by default data/tasks.py.
@@ -29,7 +29,7 @@ PARTS = ("seen", "unseen", "user")   # of the test tasks: see data/tasks.py
 
 
 def first_words(instruction):
-    """Return (verb, object), near enough: the first word, and the next one that is not small."""
+    """Return roughly (verb, object): the first word, and the next one not in SMALL_WORDS."""
     verb, *others = self_instruct.words(instruction) or [""]
     return verb, next((word for word in others if word not in SMALL_WORDS), "")
 
@@ -88,9 +88,9 @@ def audit(tasks, gold):
 
 
 def label_shares(model, enc, tasks, seeds, gold, rng):
-    """Return how many labels are the commonest of their topic, for inputs first and labels first.
+    """Return the share of labels that are their topic's commonest, inputs first and labels first.
 
-    The tasks that are classifications get their instances anew, in either order. None: no label.
+    Classification tasks get new instances in both orders. A share is None if there is no label.
     """
     row = {}
     group = [t["instruction"] for t in tasks if t["is_classification"]]
@@ -127,9 +127,9 @@ def grades(model, enc, tasks, gold):
 
 
 def corrected(records, gold, rng):
-    """Replace all outputs by right ones; drop a record that nobody can follow.
+    """Replace all outputs with correct ones; drop records that cannot be read.
 
-    The paper did so with a better model: the share of top-rated responses rose from 44% to 54%.
+    The paper did this with a better model: the share of top-rated responses rose from 44% to 54%.
     """
     results = []
     for record in records:
@@ -185,7 +185,7 @@ def worth(cfg, base, device, tasks, seeds, gold, folder):
 
 
 def worth_row(name, n_records, scores, tests, seeds_only):
-    """Average the scores of a mixture: all tests, each part, and paired with those of the seeds."""
+    """Average the scores of a mixture over all tests and each part; pair them with seeds_only."""
     row = dict(arm=name, records=n_records, gold=sum(scores) / len(scores))
     for part in PARTS:
         of_part = [score for score, test in zip(scores, tests) if test["part"] == part]
@@ -198,7 +198,7 @@ def worth_row(name, n_records, scores, tests, seeds_only):
 
 
 def report(model, enc, tasks, seeds, gold, folder, rng, log):
-    """Print and log diversity, and with a gold module audit and label shares."""
+    """Print and log diversity and, with a gold module, audit and label shares."""
     read = lines_read(folder) if folder.exists() else set()
     rows = {"diversity": diversity(tasks, seeds, read)}
     if gold:

@@ -3,13 +3,13 @@
 self_reward.py calls this for M1 and after every round. The columns of its table are:
 
     gold, ±           mean gold score of the responses to the test prompts, its 95% interval
-    win/tie/lose M1   % of responses with a higher, an equal and a lower gold score than M1's
+    win/tie/lose M1   % of responses with a gold score above, equal to and below that of M1's
     last              the same against the model of the round before
     own acc           share of pairs of its own responses that the judge orders as gold does
-    log p             the same if the response of higher log-prob wins, which needs no judge
+    log p             the same, ordered by the log-prob of the response, which needs no judge
     r                 rank correlation of the judge's scores with gold
     EFT acc           accuracy of the judge on held-out responses of the SFT model
-    score             mean score by the judge; an inflated judge raises it, too
+    score             mean score by the judge, which also rises if the judge becomes generous
     made up           share of inventions among the responses to prompts nobody can answer
     rude, length      share of rude responses; tokens per response
     pairs             pairs of the round; gold confirms (agree) or contradicts (contra) a share
@@ -48,15 +48,15 @@ def spearman(x, y):
 
 
 def missing_as_lowest(scores):
-    """Replace None, a missing score, by a score below all others."""
+    """Replace None, a missing score, with a score below all others."""
     return [[-1.0 if s is None else s for s in row] for row in scores]
 
 
 def accuracy(scores, golds):
     """Return the share of pairs that the scores order as gold does.
 
-    scores, golds: one row per prompt; both responses of a pair stand in the same row. Equal gold is
-    no pair; equal scores count half.
+    scores, golds: one row per prompt; both responses of a pair are in the same row. Equal gold is
+    not a pair; equal scores count half.
     """
     ranks = [[-g for g in row] for row in golds]
     return pair_accuracy(missing_as_lowest(scores), ranks)[0]
@@ -72,7 +72,7 @@ def win_tie_lose(golds, others):
 
 
 def agreement(pairs, golds):
-    """Return the shares of self_reward.Pairs that gold confirms and contradicts; {} without it."""
+    """Return the shares of self_reward.Pairs that gold confirms or contradicts; {} without gold."""
     if golds is None:
         return {}
     agree = sum(golds[p.prompt][p.chosen] > golds[p.prompt][p.rejected] for p in pairs)

@@ -5,7 +5,7 @@ same log.
 
 A small model trains for 100 steps with everything that a restart can lose: Adam's moments, dropout,
 and noise from the generators of torch, NumPy and Python. Its state is saved every 10 steps. One run
-goes through. The other is killed at steps 5, 37 and 71, as by `kill -9`: it has no chance to save.
+is never stopped. The other is killed at steps 5, 37 and 71, as by `kill -9`, and cannot save.
 Each time it resumes from its last saved state and repeats the lost steps.
 
     python lab/resume.py                                    both runs, compared
@@ -44,7 +44,7 @@ KILLS = (5, 37, 71)
 
 
 def train(cfg):
-    """Train a small model on noise; end with the signal SIGKILL at step cfg.kill_at."""
+    """Train a small model on noise; kill the process with SIGKILL at step cfg.kill_at."""
     set_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.Linear(16, 1))
@@ -63,7 +63,7 @@ def train(cfg):
 
 
 def run_process(out, kill_at=-1, resume=False):
-    """Run this script in a process of its own and print how it ends."""
+    """Run this script in a separate process and print how it ends."""
     command = [sys.executable, __file__, "--out", str(out), "--kill-at", str(kill_at)]
     if resume:
         command.append("--resume")

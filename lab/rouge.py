@@ -6,8 +6,8 @@ express human preference. A model trained on preferences can.
 The gold program orders the ranked responses of held-out users. Five judges that do not know it
 order the same responses:
 
-    ROUGE-L, demonstration   overlap with a response from the training data: careless, one in four
-                             rude
+    ROUGE-L, demonstration   overlap with a response from the training data: careless, and rude
+                             one time in four
     ROUGE-L, ideal           overlap with a response that gets full marks, which nobody has in
                              practice
     length                   the longer the better
@@ -15,9 +15,9 @@ order the same responses:
     labeler                  the simulated labeler's ranking, noise included; the reward model was
                              trained on such rankings
 
-The second test makes pairs in which words and meaning disagree: a right response in other words
-than the reference, and a wrong one in its words. ROUGE must fail on these. The question is whether
-the reward model does better.
+The second test makes pairs in which words and meaning disagree: a right response worded
+differently from the reference, and a wrong one with mostly the same words. ROUGE must fail on
+these. The question is whether the reward model does better.
 
     python lab/rouge.py                    OUT/data/ranked_val.jsonl and three sets of made pairs
     python lab/rouge.py --out out/seed1    another run
@@ -46,7 +46,7 @@ from self_instruct import rouge_l
 class Config(BaseConfig):
     n: int = 300                 # ranked prompts, and made pairs of each kind
     seeds: int = 3               # repetitions with their own references and made pairs
-    seed: int = 0                # first seed, and that of the run if it has to be made
+    seed: int = 0                # first seed, also that of the run if it must be made first
 
 
 MADE = {                                    # kind of made pair -> the use case of its tasks
@@ -64,7 +64,7 @@ class Agreement(NamedTuple):
 
 
 class MadePair(NamedTuple):
-    """right is in other words than the reference, wrong in its words."""
+    """right is worded differently from the reference; wrong has mostly the same words."""
     task: dict
     prompt: list
     reference: str
@@ -100,7 +100,7 @@ def ideal(task, rng, tries=3000):
     """Draw demonstrations until one gets full marks; return it, or the best of all tries."""
     best = village.demonstration(task, rng)
     for _ in range(tries - 1):
-        if village.gold(task, best) == 1:       # never with three wishes: 1.0000000000000002
+        if village.gold(task, best) == 1:       # with three wishes gold is 1.0000000000000002
             break
         response = village.demonstration(task, rng)
         if village.gold(task, response) > village.gold(task, best):
@@ -207,7 +207,7 @@ def verdict(agreements, made):
 
     With a demonstration as the reference, ROUGE-L must order fewer pairs as gold does than the
     reward model, in every seed. The results with an ideal reference and on made pairs are reported
-    beside it.
+    as well.
     """
     def loses(name):
         return all(r[name].accuracy < r["reward model"].accuracy for r in agreements)

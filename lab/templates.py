@@ -55,7 +55,7 @@ def perfect_demonstration(task, rng):
     """Draw demonstrations until the gold program gives one full marks."""
     while True:
         response = village.demonstration(task, rng)
-        if village.gold(task, response) > 0.99:     # three wishes of three are 1.0000000000000002
+        if village.gold(task, response) > 0.99:     # three wishes met give 1.0000000000000002
             return response
 
 
@@ -71,7 +71,7 @@ def numbered_task(number, phrasing, use=None):
 
 
 def demonstrations(enc, phrasings, tokens, seed, use=None):
-    """Return chats with perfect responses, `tokens` tokens of them, each in one of the phrasings.
+    """Return chats with perfect responses, `tokens` tokens in all, each in one of the phrasings.
 
     Training tasks have even numbers, test tasks (see new_tasks) odd ones.
     """

@@ -19,7 +19,7 @@ learns to call; "no tool" learns the responses with the results filled in. Both 
 shop, where every price is different.
 
     python lab/tool_use.py                           both models, then the table of right responses
-    python chat.py --checkpoint out/tools/sft.pt     ask the new shop yourself
+    python chat.py --checkpoint out/tools/sft.pt     ask about the new shop yourself
 
 Five to six minutes on one CPU core. Needs OUT/gpt.pt (trained first if missing) and Python 3.11.
 Read next: chat.py.
@@ -81,8 +81,8 @@ class Row(NamedTuple):
     executor: bool           # False: the model's calls are not run
 
 
-# Every wording names the shop. Outside it such prices stay unknown: the village has prompts about
-# them whose right response is that nobody knows.
+# Every wording names the shop. The village asks for such prices without naming a shop, too; then
+# the right response is that nobody knows.
 COST = ["How much is the {} in the shop?",
         "What does the {} cost in the shop?",
         "Tell me the price of the {} in the shop.",
@@ -166,7 +166,7 @@ def make_shops(folder, rng):
 def draw_task(shape, wording, shop, rng, absent=()):
     """Draw a Task of a shape about the shop {item: price}.
 
-    absent: items that the shop does not sell. If given, the database finds nothing.
+    absent: items that the shop does not sell. If given, the database has no answer.
     """
     wordings, statement, response = SHAPES[shape]
     item, other = rng.sample(list(shop), 2)
