@@ -5,7 +5,7 @@ character may be spread over several tokens, and `<<<` may start a call (see too
 ends the call, the query runs, its result takes the place of the call, and stderr shows the query.
 
     python chat.py                                             the best policy in OUT
-    python chat.py --checkpoint out/tools/sft.pt               with the shop that tool_use.py made
+    python chat.py --checkpoint out/tools/sft.pt               with the shop of lab/tool_use.py
     python chat.py --checkpoint out/tools/sft.pt --db my.db    with your own database
     echo "What does the cow say?" | python chat.py             responses on stdout, notes on stderr
 
@@ -41,7 +41,7 @@ class Config(BaseConfig):
     db: str = ""                 # SQLite file for queries; empty: shop.db beside the checkpoint
     system: str = ""             # system message at the start
     temperature: float = 0.7     # 0 always takes the most likely token; 1 samples as in training
-    max_new_tokens: int = 100    # longest piece of a response
+    max_new_tokens: int = 100    # longest piece of a response, in tokens
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def respond(model, enc, prompt, cfg, rng, db=None, on_query=None):
             return
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         written = ""                            # by the model, since the last result
-        shown = 0                               # so many characters of it are shown
+        shown = 0                               # number of its characters that are shown
         call = None
         for token in stream(model, ids, cfg.max_new_tokens, cfg.temperature, rng):
             raw = decode_token(enc, token)
@@ -212,7 +212,7 @@ def converse(model, enc, db, base, cfg, terminal):
         except UserError as e:
             note(str(e))
             if not terminal and not line.startswith("/"):
-                print()   # one line of output for each line of input, even now
+                print()   # one line of output for each line of input, even for an error
             continue
         text = ""
         queries = []

@@ -59,7 +59,7 @@ class Exam:
     new: list              # whether no training file has the same wording
     n: int                 # number of prompts without the unanswerable ones
     grade: object          # the grader
-    opponent: list         # gold of the sft samples that every row plays against, (n,)
+    opponent: list         # gold of the sft samples that every row is compared with, (n,)
 
 
 def mean_and_ci(values):
@@ -89,7 +89,7 @@ def response_logprobs(model, enc, chats, responses):
 
 
 def is_policy(path):
-    """Return whether a file is a checkpoint of ours and not a reward model."""
+    """Return whether a file is a checkpoint of this project and not a reward model."""
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         return False

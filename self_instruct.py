@@ -5,7 +5,7 @@ a list of them. So it writes the training set itself:
 
     1. grow        show a list of 8 instructions: 6 seed tasks and 2 of the model's own; the model
                    writes numbers 9, 10, ...; keep those that pass the filters below
-    2. identify    ask in few shots: "Is it classification?"
+    2. identify    ask, with a few examples: "Is it classification?"
     3. instances   let the model write an input and its output; for classification the label first,
                    then an input for it (input first gives the commonest label again and again)
     4. filter      drop instances without an output, and inputs with two different outputs
@@ -99,7 +99,7 @@ def positions(text):
 
 
 def rouge_l(a, b):
-    """F-measure of the longest common subsequence of words (Lin, 2004); 0 if a string has none.
+    """Return the F-measure of the longest common subsequence of words (Lin, 2004), 0 without words.
 
     Equals rouge-score's without stemming. The bits of one integer are a row of the dynamic program
     (Hyyro, 2004).
@@ -141,7 +141,7 @@ def reject_reason(instruction, pool):
 
 
 def list_prompt(instructions):
-    """Write the numbered list that the model is to continue."""
+    """Write the numbered list that the model should continue."""
     lines = [f"{i}. {' '.join(x.split())}" for i, x in enumerate(instructions, 1)]
     return LIST_HEAD + "\n".join(lines) + f"\n{len(lines) + 1}."
 
@@ -153,7 +153,7 @@ def read_list(text):
 
 
 def read_instances(text, label_first):
-    """Parse what the model wrote under a task -> [(input, output)], without an incomplete one."""
+    """Parse what the model wrote under a task -> [(input, output)]; skip incomplete ones."""
     text = re.split(r"^Task:", text, flags=re.M)[0]
     if label_first:
         parts = [part.split("\nInput:") for part in re.split(r"^Class label:", text, flags=re.M)]
@@ -194,7 +194,7 @@ def keep_instances(instances):
 
 
 def ask(model, enc, prompts, max_new_tokens, batch=64, **sampling):
-    """Continue strings -> [(string, whether the model stopped by itself)]."""
+    """Continue strings -> [(string, whether the model ended it)]."""
     results = []
     for i in tqdm(range(0, len(prompts), batch), desc="ask", mininterval=1, leave=False):
         ids = [enc.encode_ordinary(p) for p in prompts[i:i + batch]]
@@ -229,7 +229,7 @@ def sample_list(seeds, kept, rng):
 def grow(model, enc, seeds, cfg, rng):
     """Step 1: grow a pool of instructions from the seeds.
 
-    Returns the kept instructions in order, a Counter of what became of the candidates, and a row
+    Returns the kept instructions in order, a Counter of the outcomes of all candidates, and a row
     for each round.
     """
     kept, counts, rounds = [], Counter(), []
@@ -283,7 +283,7 @@ def identify(model, enc, instructions, seeds, rng):
 
 
 def write_shot(task, label_first):
-    """Write a seed task and its instances as the model is to write them."""
+    """Write a seed task and its instances in the form that the model should write."""
     lines = [f"Task: {task['instruction']}\n"]
     for instance in task["instances"]:
         x = f"Input: {instance['input']}\n" if instance["input"] else ""
@@ -311,7 +311,7 @@ def instances(model, enc, instructions, label_first, seeds, shots, rng):
 
 
 def make_tasks(model, enc, seeds, cfg, rng, log):
-    """Steps 1 to 4 -> tasks with instances. What was dropped is counted, printed and logged."""
+    """Run steps 1 to 4 -> tasks with instances. Count, print and log what was dropped."""
     made, counts, rounds = grow(model, enc, [s["instruction"] for s in seeds], cfg, rng)
     if not made:
         raise UserError(f"no usable instruction; has the base model read numbered lists? "
@@ -339,7 +339,7 @@ def make_tasks(model, enc, seeds, cfg, rng, log):
 
 
 def as_records(tasks):
-    """Tasks with instances -> Alpaca records {"instruction", "input", "output"}."""
+    """Turn tasks with instances into Alpaca records {"instruction", "input", "output"}."""
     return [{"instruction": task["instruction"], **instance}
             for task in tasks for instance in task["instances"]]
 

@@ -1,6 +1,6 @@
 """Self-rewarding: one model writes responses and grades them; DPO on its own grades improves both.
 
-Idea. PPO's reward model is frozen, and only as good as the people who ranked. Teach the model to
+Idea. PPO's reward model is frozen, and only as good as its human rankings. Teach the policy to
 judge, as one more instruction (LLM-as-a-judge), and let it make its preference data (2401.10020):
 
     M1 = SFT(M0; IFT + EFT)         IFT: prompt -> response        EFT: judge's prompt -> verdict
@@ -64,10 +64,10 @@ class Config(RunConfig):
     candidates: int = 4          # responses per prompt, at temperature 1
     judgements: int = 3          # verdicts per response; their scores are averaged
     judge_temperature: float = 0.7   # of verdicts; at 1 the judge repeats the annotators' slips
-    margin: float = 1.0          # least score difference of a pair, in points of 9
+    margin: float = 1.0          # smallest score difference of a pair, in points of 9
     pairs: str = "judge"         # what orders responses: judge, random (null) or gold (ceiling)
     update: str = "dpo"          # dpo, or sft (on the chosen responses of the same pairs)
-    frozen_judge: bool = False   # M1 judges in every round, instead of the latest model
+    frozen_judge: bool = False   # M1 instead of the latest model judges in every round
     replay: float = 0.5          # weight of the loss on IFT and EFT; at 0 the judge is forgotten
     nll: float = 0.2             # weight of the token loss on chosen responses: keeps them likely
     beta: float = 0.1            # KL strength of DPO
@@ -139,7 +139,7 @@ def eft_examples(records, enc, block_size, rng):
 def write_prompts(model, enc, shown, known, n, seed):
     """Let a base model write n new prompts, as Self-Instruct writes instructions -> [string].
 
-    It continues lists of eight prompts, six of people's (`shown`) and two of its own. The filters
+    It continues lists of eight prompts, six by people (`shown`) and two of its own. The filters
     are Self-Instruct's without ROUGE-L, which would keep too few prompts in a world this small.
     """
     rng = random.Random(seed)
@@ -220,7 +220,7 @@ def judge(model, enc, prompts, responses, cfg, seed):
 
 
 def replay_batches(examples, batch_tokens, rng, device):
-    """Yield batches of similar length without end: ids (B, T), mask (B, T)."""
+    """Yield batches of similar length forever: ids (B, T), mask (B, T)."""
     while True:
         for rows in batches([len(e.ids) for e in examples], batch_tokens, rng):
             yield sft.collate(examples, rows, device)
@@ -321,7 +321,7 @@ def check(cfg):
 
 
 def load_seed_data(cfg, out):
-    """Load the data of people, or make the village's. Returns verdicts.SeedData."""
+    """Load the human data, or make the village's. Returns verdicts.SeedData."""
     path = cfg.data or corpus.ensure(out / "data", cfg.seed) / "sft_train.jsonl"
     chats = formats.load_chats(path, cfg.seed)
     if cfg.eft:

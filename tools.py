@@ -115,7 +115,7 @@ def read_only_uri(path):
         raise UserError(f"{path}: not a SQLite database")
     uri = path.resolve().as_uri() + "?mode=ro"
     # In WAL mode (header bytes 18, 19) even a reader writes two files beside the database, except
-    # with `immutable`. But that takes no locks, so nobody else may have the database open.
+    # with `immutable`. But that takes no locks, so no other process may have it open.
     log = path.with_name(path.name + "-wal")
     if header[18:20] == b"\2\2" and not (log.exists() and log.stat().st_size):
         uri += "&immutable=1"
