@@ -35,7 +35,7 @@ def theirs(tmp_path, monkeypatch):
     """Make "theirs" the name of a tiktoken encoding of 256 bytes and <|endoftext|>.
 
     It stands in for gpt2, which tiktoken would download. The current folder has a folder of that
-    name, as it does when GPT-2's weights lie beside.
+    name, as it does if a user keeps GPT-2's weights there.
     """
     enc = tiktoken.Encoding(
         "theirs",

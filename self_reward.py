@@ -424,7 +424,7 @@ def main(cfg):
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(dropped.items()))
         print(f"round {t}: {len(pairs)} pairs of {len(prompts)} prompts{reasons}")
         if len(pairs) < cfg.batch_pairs:
-            cause = "the judge sees no difference any more"
+            cause = "the judge no longer sees a difference"
             if all(s is None for row in scores for s in row):
                 cause = "no verdict has a score; bring more EFT data, or raise --sft-epochs"
             print(f"fewer than {cfg.batch_pairs} pairs, and the run ends here: {cause}")

@@ -88,7 +88,7 @@ def ensure(out, seed=0, device="auto"):
     """Return the paths of the ranked training and validation files.
 
     Make them from OUT/sft.pt first if they are missing or older than that model, because the
-    rankings must be of its own responses. Raises UserError if there is no OUT/sft.pt.
+    rankings must be of this model's responses. Raises UserError if there is no OUT/sft.pt.
     """
     import gpt   # a later stage, so not imported at the top
 

@@ -215,7 +215,7 @@ def new_task(rng, op=None, half="seen", wording=None):
 
     half     "seen" or "unseen" pairs of topic and manner, or "plain": no manner
     wording  0 to 3; None draws one of the first three
-    said     the words that the manner fills in
+    said     the words that fill the slots of the manner
     """
     pick = picker(rng)
     op = op or rng.choice(OPS + LONG_OPS * 2)   # long texts have more to vary

@@ -270,7 +270,7 @@ def print_personal(personal):
 def print_loss(table):
     print(f"two layers x 64, 205k tokens of each text, {len(table['dirty'])} runs")
     print(f"  {'text':14}{'documents':>10}  loss on good text        "
-          f"numbers known, by documents they stand in")
+          f"numbers known, by documents that contain them")
     for name, runs in table.items():
         n_documents = mean([run.n_documents for run in runs])
         losses = [run.loss for run in runs]

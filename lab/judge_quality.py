@@ -5,7 +5,7 @@ self_reward.py calls this for M1 and after every round. The columns of its table
     gold, ±           mean gold score of the responses to the test prompts, its 95% interval
     win/tie/lose M1   % of responses with a gold score above, equal to and below that of M1's
     last              the same against the model of the round before
-    own acc           share of pairs of its own responses that the judge orders as gold does
+    own acc           share of pairs of the policy's responses that the judge orders as gold does
     log p             the same, ordered by the log-prob of the response, which needs no judge
     r                 rank correlation of the judge's scores with gold
     EFT acc           accuracy of the judge on held-out responses of the SFT model

@@ -133,7 +133,7 @@ def pick_device(name):
     if name not in available:
         raise UserError(f"--device {name}: choose auto, cpu, cuda or mps")
     if not available[name]:
-        raise UserError(f"--device {name}: torch finds none on this machine; type --device cpu")
+        raise UserError(f"--device {name}: torch finds no such device here; type --device cpu")
     return torch.device(name)
 
 
