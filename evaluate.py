@@ -242,12 +242,12 @@ COLUMNS = {"stage": ("stage", ""),
 
 def main(cfg):
     rows = evaluate(cfg)
-    if cfg.save:
-        write_records(cfg.save, rows)
     if cfg.json:
         print("\n".join(json.dumps(r) for r in rows))
     else:
         print(format_table(rows, COLUMNS))
+    if cfg.save:
+        write_records(cfg.save, rows)
 
 
 if __name__ == "__main__":

@@ -377,13 +377,13 @@ def val_loss(model, sources, enc, device, limit=40_000):
 
 def first_model(cfg, device):
     """Build the model of --init, of --init-from or of the flags -> (GPT, tokenizer)."""
+    enc = get_tokenizer(cfg.tokenizer)
     if cfg.init:
         model, enc, base = load_model(cfg.init, device, cfg.dropout)
         cfg.tokenizer = base["tokenizer"]   # for the new checkpoint
         if cfg.block_size > model.config.block_size:
             checkpoint.extend_context(model, sinusoids(cfg.block_size, model.config.n_embd))
         return model, enc
-    enc = get_tokenizer(cfg.tokenizer)
     if cfg.init_from:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         checkpoint.add_special_tokens(model, enc, cfg.init_from)

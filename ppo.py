@@ -298,8 +298,8 @@ def main(cfg):
             if update >= cfg.value_warmup:
                 if cfg.ptx:
                     pg_loss = pg_loss + cfg.ptx * ptx_loss(policy, sources, odds, cfg, rng)
-                stat["norm"] = run.take_step(pg_loss, policy_optimizer, policy, lr, rows)
-            run.take_step(vf_loss, value_optimizer, value_model, lr, rows)
+                stat["norm"] = run.take_step(pg_loss, policy_optimizer, policy, lr, rows, "row")
+            run.take_step(vf_loss, value_optimizer, value_model, lr, rows, "row")   # of the rollout
             stats.append(stat)
         row = ppo_metrics(b, returns, stats, state["beta"], lr, update)
         if gold:

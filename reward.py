@@ -145,7 +145,7 @@ def tokenize(records, enc, block_size):
         print(f"{cut} of {len(records)} prompts lose their beginning to fit the context of "
               f"{block_size}; {lost} responses that do not fit at all are skipped")
     if not comparisons:
-        raise UserError(f"no comparison fits the context of {block_size}; use a larger one")
+        raise UserError(f"no comparison fits the context of {block_size}; enlarge --block-size")
     return comparisons
 
 

@@ -126,7 +126,7 @@ def fit_prompts(records, enc, most):
     fitting = [r for r in records if len(r["ids"]) <= most]
     if len(fitting) < len(records):
         print(f"{len(records) - len(fitting)} of {len(records)} prompts skipped: "
-              f"longer than {most} tokens")
+              f"more than {most} tokens leave no room for a response in the context")
     return fitting
 
 

@@ -272,6 +272,8 @@ def read_prompt(r, where, rng):
         comparison = read_comparison(r, where)
         return comparison[0] if comparison else None
     if "messages" in r:
+        if not r["messages"]:
+            return None
         messages = check_messages(r["messages"], where)
     else:
         # The response is not used, so a stand-in replaces an empty one.

@@ -39,6 +39,10 @@ def read_text(path):
 def write_text(path, text):
     """Write a UTF-8 file atomically, with "\\n" as the line end on every system."""
     path = Path(path)
+    if path.exists() and not path.is_file():   # a pipe or a device
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
+    path = path.resolve()   # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:

@@ -120,7 +120,7 @@ def choose(cfg, name, *choices):
 def check_name(cfg, *stages):
     """Raise UserError if --name is a path or the name of another stage."""
     if cfg.name in ("", "base", *stages) or "/" in cfg.name:
-        raise UserError(f"--name {cfg.name}: must be neither a path nor the name of another stage")
+        raise UserError(f"--name {cfg.name!r}: must not be empty, a path or another stage's name")
 
 
 def pick_device(name):

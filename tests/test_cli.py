@@ -132,7 +132,7 @@ def test_choose_names_the_flag_the_value_and_the_choices():
 def test_a_name_is_no_path_and_no_other_stage():
     check_name(SimpleNamespace(name="ppo-2"), "gpt", "sft")
     for name in ("", "base", "sft", "a/b"):
-        with pytest.raises(UserError, match=f"--name {name}: must be neither"):
+        with pytest.raises(UserError, match=f"--name {name!r}: must not be"):
             check_name(SimpleNamespace(name=name), "gpt", "sft")
 
 

@@ -580,3 +580,16 @@ def test_a_grader_that_cannot_be_loaded_is_named(spec):
         load_grader(spec, [])
     with pytest.raises(UserError, match=f"--grade {spec}: "):
         load_grader(spec, [], "--grade")
+
+
+@pytest.mark.parametrize("empty", [[], None, {}, "", 0], ids=repr)
+def test_a_chat_without_messages_is_skipped_as_a_prompt(tmp_path, capsys, empty):
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, {"messages": empty})
+    assert [r["prompt"] for r in load_prompts(path)] == [[user("Hi")]]
+    assert "p.jsonl: 1 of 2 records skipped: no prompt before a response" in capsys.readouterr().out
+
+
+def test_a_wrong_grader_is_reported_under_its_own_flag():
+    graded = [{"task": {"kind": "story"}}]
+    with pytest.raises(UserError, match="--grade nonsense: write it as module:function"):
+        load_grader("nonsense", graded, "--grade")

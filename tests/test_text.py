@@ -1,5 +1,6 @@
 """Tests of data/text.py: documents, train and validation parts, the mixture, packing."""
 
+import os
 import random
 
 import pytest
@@ -293,3 +294,23 @@ def test_the_order_is_random_and_follows_the_seed():
     assert rising < 0.7 * len(longest)  # not from short to long
     # Each epoch puts other examples side by side.
     assert {frozenset(b) for b in first} != {frozenset(b) for b in second}
+
+
+def test_write_text_keeps_a_link(tmp_path):
+    target = tmp_path / "target.txt"
+    target.write_text("old")
+    link = tmp_path / "link.txt"
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_write_text_writes_to_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "row\n")
+    assert os.read(reader, 100) == b"row\n"
+    os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe]
