@@ -1,6 +1,7 @@
 """Tests of the source itself: width, imports, and which modules may import which."""
 
 import ast
+import functools
 import sys
 from typing import NamedTuple
 
@@ -51,7 +52,14 @@ class Import(NamedTuple):
     line: int
 
 
-def imports_of(source):
+@functools.cache
+def tree_of(path):
+    """Return the syntax tree of a file. It is read by many tests and parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports_of(path):
     """Return every Import of a file."""
     found = []
 
@@ -65,7 +73,7 @@ def imports_of(source):
         for child in ast.iter_child_nodes(node):
             visit(child, lazy)
 
-    visit(ast.parse(source), False)
+    visit(tree_of(path), False)
     return found
 
 
@@ -91,7 +99,7 @@ def arrows():
     return [
         (name, target, imported.lazy, imported.line)
         for name, path in MODULES.items()
-        for imported in imports_of(path.read_text(encoding="utf-8"))
+        for imported in imports_of(path)
         for target in targets(imported)
     ]
 
@@ -145,7 +153,7 @@ def test_imports_make_no_circle():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_import_only_what_is_required(name):
-    for imported in imports_of(MODULES[name].read_text(encoding="utf-8")):
+    for imported in imports_of(MODULES[name]):
         root = imported.module.split(".")[0]
         if name == "conftest" and root == "pytest":
             continue
@@ -156,10 +164,11 @@ def test_modules_import_only_what_is_required(name):
         assert root in allowed, f"line {imported.line}"
 
 
-def imported_names(tree):
+@functools.cache
+def imported_names(path):
     """Return {name in this file: line} for every import; `import a.b` makes the name a."""
     names = {}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
                 names[alias.asname or alias.name.split(".")[0]] = node.lineno
@@ -169,26 +178,24 @@ def imported_names(tree):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_imported_name_is_used(name):
     """A name has one home and is imported from there: no module passes names on."""
-    source = (ROOT / name).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    tree = ast.parse(source)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    unused = {n: line for n, line in imported_names(tree).items() if n not in used}
+    path = ROOT / name
+    lines = path.read_text(encoding="utf-8").splitlines()
+    used = {node.id for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name)}
+    unused = {n: line for n, line in imported_names(path).items() if n not in used}
     assert [n for n, line in unused.items() if "noqa: F401" not in lines[line - 1]] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_imported_from_the_module_that_defines_them(name):
     """`from gpt import UserError` would work wherever gpt imports it, too."""
-    for imported in imports_of((ROOT / name).read_text(encoding="utf-8")):
+    for imported in imports_of(ROOT / name):
         if imported.module in MODULES:
-            tree = ast.parse(MODULES[imported.module].read_text(encoding="utf-8"))
-            passed_on = set(imported.names) & set(imported_names(tree))
+            passed_on = set(imported.names) & set(imported_names(MODULES[imported.module]))
             assert passed_on == set(), f"line {imported.line}"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_import_a_line(name):
-    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    tree = tree_of(ROOT / name)
     several = [n for n in ast.walk(tree) if isinstance(n, ast.Import) and len(n.names) > 1]
     assert [node.lineno for node in several] == []
