@@ -51,7 +51,8 @@ def stream(model, ids, max_new_tokens, temperature=1.0, rng=None):
     The caller decides which tokens end a response. rng is a torch.Generator, or None.
     Raises UserError for a prompt that does not fit the context.
     """
-    block_size, device = model.config.block_size, model.wte.weight.device
+    block_size = model.config.block_size
+    device = model.wte.weight.device
     if not 0 < len(ids) < block_size:
         raise UserError(f"the prompt has {len(ids)} tokens; it must have 1 to {block_size - 1}")
     size = min(block_size, len(ids) + max_new_tokens)

@@ -417,7 +417,8 @@ def check(cfg):
 def main(cfg):
     from lab import instruction_quality   # lazy: it imports this file
     check(cfg)
-    device, out = pick_device(cfg.device), run_folder(cfg.out)
+    device = pick_device(cfg.device)
+    out = run_folder(cfg.out)
     base = Path(cfg.base or long_base(cfg))
     gold = None
     if not cfg.seeds:

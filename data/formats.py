@@ -194,7 +194,8 @@ def is_number(x, least):
 
 def read_ranked(r, where):
     """Check {"prompt", "responses", "ranks"} -> (prompt messages, responses, ranks)."""
-    responses, ranks = r["responses"], r["ranks"]
+    responses = r["responses"]
+    ranks = r["ranks"]
     lists = isinstance(responses, list) and isinstance(ranks, list)
     if not lists or len(responses) != len(ranks) or len(responses) < 2:
         raise UserError(f"{where}: responses and ranks must be two lists of the same length K >= 2")

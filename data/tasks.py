@@ -379,8 +379,9 @@ def input_words(op, text, person):
         return read_likes(text)
     if kind == "line":
         things = text.removesuffix(".").split(", ")
-        fits = len(things) > 1 and set(things) <= set(WORDS["thing"])
-        return {"thing": things[0 if topic == "first" else -1]} if fits else None
+        if len(things) < 2 or not set(things) <= set(WORDS["thing"]):
+            return None
+        return {"thing": things[0] if topic == "first" else things[-1]}
     return match(INPUT[op], text)
 
 

@@ -63,7 +63,8 @@ def split_validation(documents, n):
 
     Whole documents move to the validation part; the one at the border is cut in two.
     """
-    train, val = list(documents), []
+    train = list(documents)
+    val = []
     while n > 0:
         last = train.pop()
         if len(last) > n + 1:   # at least two tokens stay: a single one predicts nothing

@@ -15,7 +15,8 @@ def ppo_metrics(b, returns, stats, beta, lr, update):
     With --offline the responses are samples of the reference. Then objective/kl is -KL(ref || pi),
     and the KL terms of non_score_reward and rlhf_reward have the wrong sign.
     """
-    mask, n = b.mask, len(b.scores)
+    mask = b.mask
+    n = len(b.scores)
     kl = ((b.logprobs - b.ref_logprobs) * mask).sum(1)                        # (B,)
     mean = {k: sum(s[k] for s in stats) / len(stats) for k in stats[0]}
     error = masked_mean((returns - b.values) ** 2, mask)
