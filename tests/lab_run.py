@@ -1,13 +1,9 @@
 """What the tests of lab/ share: a tiny run to experiment on, and its logs."""
-import json
-
 import torch
 
 import gpt
 from data import corpus
-from data.tokenizer import get_tokenizer
-
-ENC = get_tokenizer()
+from tiny import ENC
 
 
 class Started(Exception):
@@ -31,8 +27,3 @@ def make_run(out):
     for name in ("gpt.pt", "sft.pt"):
         gpt.save_model(out / name, model, ENC, "", seed=0, data=data, val_fraction=0.2, mixture="")
     return out
-
-
-def read_rows(path):
-    """Return the rows of a log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -9,7 +9,7 @@ from data import corpus
 from data.text import Source, pack, read_corpus
 from data.tokenizer import end_of
 from lab import attention
-from lab_run import ENC, read_rows
+from tiny import ENC, read_jsonl
 
 MASK = attention.mask_token(ENC)
 
@@ -213,4 +213,4 @@ def test_it_runs_and_logs(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("The claim ") == 1
     assert "bidirectional" in printed
-    assert [r["seed"] for r in read_rows(tmp_path / "lab-attention.jsonl")] == [0, 1]
+    assert [r["seed"] for r in read_jsonl(tmp_path / "lab-attention.jsonl")] == [0, 1]

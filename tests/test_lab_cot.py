@@ -8,7 +8,8 @@ import torch
 import gpt
 import sft
 from lab import cot
-from lab_run import ENC, Started, make_run, read_rows, start
+from lab_run import Started, make_run, start
+from tiny import ENC, read_jsonl
 
 FOODS = "cake bread soup cheese honey jam milk tea".split()
 PRICES = dict(zip(FOODS, [9, 4, 5, 7, 8, 3, 1, 2]))
@@ -158,7 +159,7 @@ def test_it_runs_and_logs(tmp_path, capsys):
     out = make_run(tmp_path)
     cot.main(cot.Config(out=str(out), tokens=600, demos=10, epochs=1, n=3, seed=1, seeds=1,
                         device="cpu"))
-    rows = read_rows(out / "lab-cot.jsonl")
+    rows = read_jsonl(out / "lab-cot.jsonl")
     assert [(r["seed"], r["run"]) for r in rows] == [(1, name) for name in cot.VARIANTS]
     steps, answers, same, none = rows
     assert steps["sums"] == same["sums"] < answers["sums"]

@@ -4,8 +4,9 @@ import pytest
 import sft
 from data import village
 from lab import cot, forgetting, templates
-from lab_run import ENC, Started, make_run, read_rows, start
+from lab_run import Started, make_run, start
 from scaffold.cli import UserError
+from tiny import ENC, read_jsonl
 
 
 @pytest.mark.parametrize("epochs, measured", [
@@ -79,7 +80,7 @@ def test_it_runs_and_logs(tmp_path, capsys, monkeypatch):
     cfg = forgetting.Config(out=str(out), tokens=300, epochs=2, n=9, seeds=1, device="cpu")
     forgetting.main(cfg)
     assert uses == ["rewrite", None]
-    rows = read_rows(out / "lab-forgetting.jsonl")
+    rows = read_jsonl(out / "lab-forgetting.jsonl")
     expected = [(name, epoch) for name in forgetting.VARIANTS for epoch in (0, 1, 2)]
     assert [(r["run"], r["epoch"]) for r in rows] == expected
     one, every = [r for r in rows if r["epoch"] == 0]

@@ -7,7 +7,8 @@ import torch
 import gpt
 from data import village
 from lab import icl
-from lab_run import ENC, Started, make_run, read_rows, start
+from lab_run import Started, make_run, start
+from tiny import ENC, read_jsonl
 
 
 def test_labels_of_tone_are_right():
@@ -214,7 +215,7 @@ def test_it_runs_logs_and_leaves_the_base_model_alone(tmp_path, capsys):
     out = make_run(tmp_path)
     before = (out / "gpt.pt").read_bytes()
     icl.main(icl.Config(out=str(out), n=2, read_on=2, batch_tokens=128, seeds=1, device="cpu"))
-    rows = read_rows(out / "lab-icl.jsonl")
+    rows = read_jsonl(out / "lab-icl.jsonl")
     assert len(rows) == 2 * len(icl.TESTED) * (1 + 4 * len(icl.PAGES))
     assert {r["model"] for r in rows} == {"base", "read on"}
     for row in rows:

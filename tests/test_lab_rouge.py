@@ -11,9 +11,10 @@ import reward
 from data import village
 from data.tokenizer import fingerprint
 from lab import rouge
-from lab_run import ENC, Started, read_rows, start
+from lab_run import Started, start
 from scaffold.run import save_checkpoint
 from self_instruct import rouge_l
+from tiny import ENC, read_jsonl
 
 
 def test_average_ranks_share_ties():
@@ -141,7 +142,7 @@ def test_it_runs_and_logs(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("The claim ") == 1
     assert "reward model" in printed
-    assert [r["seed"] for r in read_rows(tmp_path / "lab-rouge.jsonl")] == [0, 1]
+    assert [r["seed"] for r in read_jsonl(tmp_path / "lab-rouge.jsonl")] == [0, 1]
 
 
 def test_a_missing_checkpoint_is_trained_first(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,8 @@ import gpt
 import sft
 from data import village
 from lab import cot, templates
-from lab_run import ENC, Started, make_run, read_rows, start
+from lab_run import Started, make_run, start
+from tiny import ENC, read_jsonl
 
 
 def test_the_number_decides_the_task_and_not_its_phrasing():
@@ -120,7 +121,7 @@ def test_it_runs_and_logs(tmp_path, capsys):
     out = make_run(tmp_path)
     cfg = templates.Config(out=str(out), tokens=500, epochs=1, n=4, seeds=1, device="cpu")
     templates.main(cfg)
-    rows = read_rows(out / "lab-templates.jsonl")
+    rows = read_jsonl(out / "lab-templates.jsonl")
     assert [r["run"] for r in rows] == list(templates.VARIANTS)
     for row in rows:
         assert {f"phrasing_{p}" for p in range(4)} <= set(row)

@@ -6,7 +6,6 @@ things in gpt.py that only self_instruct.py needs: a longer context, and --init.
 """
 
 import functools
-import json
 import math
 import random
 import sys
@@ -23,13 +22,11 @@ import sft
 from data import tasks
 from data.checkpoint import extend_context
 from data.formats import load_chats, load_seed_tasks
-from data.tokenizer import end_of, get_tokenizer
 from lab import instruction_quality
 from scaffold import cli
 from scaffold.cli import BaseConfig, UserError
+from tiny import ENC, END, read_jsonl, same_weights, write_jsonl
 
-ENC = get_tokenizer()
-END = end_of(ENC)
 HEAD = "Come up with a series of tasks:"
 
 
@@ -48,10 +45,6 @@ def saved_gpt(path, block=64):
     return model
 
 
-def same_weights(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
 def context_of(n):
     """Return a stand-in for a model of which only the context length is asked."""
     return SimpleNamespace(config=SimpleNamespace(block_size=n))
@@ -59,15 +52,6 @@ def context_of(n):
 
 def n_tokens(text):
     return len(ENC.encode_ordinary(text))
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Call(NamedTuple):
@@ -815,7 +799,7 @@ def test_seeds_are_read_in_the_papers_format(tmp_path):
         "instances": [{"input": "猫", "output": "yes"}, {"output": "no"}],
         "is_classification": True,
     }
-    seeds = load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", [GOOD] * 7 + [in_paper]))
+    seeds = load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", *[GOOD] * 7, in_paper))
     assert seeds[:7] == [GOOD] * 7
     assert seeds[7] == {
         "instruction": "Is it?",
@@ -838,7 +822,7 @@ BAD_SEEDS = {
 
 @pytest.mark.parametrize("bad", BAD_SEEDS.values(), ids=BAD_SEEDS)
 def test_a_bad_seed_is_one_line_with_its_place(tmp_path, bad):
-    path = write_jsonl(tmp_path / "s.jsonl", [GOOD] * 8 + [bad])
+    path = write_jsonl(tmp_path / "s.jsonl", *[GOOD] * 8, bad)
     with pytest.raises(UserError, match=r"s\.jsonl:9: expected") as e:
         load_seed_tasks(path)
     assert "\n" not in str(e.value)
@@ -847,7 +831,7 @@ def test_a_bad_seed_is_one_line_with_its_place(tmp_path, bad):
 @pytest.mark.parametrize("n, message", [(7, "7 seed tasks"), (0, "no records")])
 def test_fewer_than_8_seeds_are_a_user_error(tmp_path, n, message):
     with pytest.raises(UserError, match=message):
-        load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", [GOOD] * n))
+        load_seed_tasks(write_jsonl(tmp_path / "s.jsonl", *[GOOD] * n))
 
 
 def test_a_missing_seed_file_is_a_user_error(tmp_path):
@@ -1081,7 +1065,7 @@ def own_seeds(tmp_path, monkeypatch):
     saved_gpt(tmp_path / "gpt.pt")
     monkeypatch.setattr(instruction_quality, "audit", lambda *args: pytest.fail("audited"))
     monkeypatch.setattr(instruction_quality, "worth", lambda *args: pytest.fail("graded"))
-    return str(write_jsonl(tmp_path / "mine.jsonl", tasks.seed_tasks(random.Random(0), 60)))
+    return str(write_jsonl(tmp_path / "mine.jsonl", *tasks.seed_tasks(random.Random(0), 60)))
 
 
 def test_a_run_is_decided_by_its_seed(tmp_path, monkeypatch, own_seeds):
@@ -1141,7 +1125,7 @@ def test_a_run_on_the_village_is_audited(tmp_path, monkeypatch):
 
 def test_a_model_that_writes_no_list_is_a_user_error(tmp_path, monkeypatch):
     saved_gpt(tmp_path / "gpt.pt")
-    seeds = str(write_jsonl(tmp_path / "mine.jsonl", [GOOD] * 9))
+    seeds = str(write_jsonl(tmp_path / "mine.jsonl", *[GOOD] * 9))
     FakeAsk(monkeypatch, lambda prompt, n: (" no.", True))
     with pytest.raises(UserError, match="no usable instruction.*short"):
         si.main(config(tmp_path, seeds=seeds, rounds=1, requests=2))

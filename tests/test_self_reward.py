@@ -14,7 +14,8 @@ from itertools import product
 
 import pytest
 import torch
-from test_verdicts import HI, assistant, ranked, tasks_and_responses, user, write
+from test_verdicts import HI, ranked, tasks_and_responses
+from tiny import assistant, user, write_jsonl
 
 import dpo
 import gpt
@@ -376,9 +377,9 @@ def files(tmp_path_factory):
         {"prompt": prompt, "task": task, "user": f"u{i % 9}"}
         for i, (task, prompt, _) in enumerate(tasks_and_responses(40, 5))
     ]
-    write(folder / "ift.jsonl", *chats)
-    write(folder / "eft.jsonl", *verdicts.annotated(ranked(40, 4), 0.05, 0.0, 0))
-    write(folder / "prompts.jsonl", *prompts)
+    write_jsonl(folder / "ift.jsonl", *chats)
+    write_jsonl(folder / "eft.jsonl", *verdicts.annotated(ranked(40, 4), 0.05, 0.0, 0))
+    write_jsonl(folder / "prompts.jsonl", *prompts)
     return folder
 
 

@@ -7,7 +7,6 @@ asks for every topic in every wording and every manner.
 
 import functools
 import hashlib
-import json
 import random
 import re
 import subprocess
@@ -22,6 +21,7 @@ from data import corpus, tasks, village
 from data.text import read_corpus
 from data.tokenizer import get_tokenizer
 from data.village import WORDS
+from tiny import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -805,10 +805,6 @@ def digests(folder):
     """Return {path: checksum} of all files of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_same_seed_writes_the_same_files(tmp_path, small):

@@ -3,7 +3,6 @@
 The simulated annotators are checked against the program that grades.
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -12,22 +11,10 @@ import pytest
 
 from data import annotators, verdicts, village
 from scaffold.cli import UserError
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
+from tiny import assistant, user, write_jsonl
 
 
 HI = [user("Hi")]
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
 
 
 def tasks_and_responses(n=400, seed=0):
@@ -317,5 +304,5 @@ def test_a_malformed_record_is_an_error_with_its_line(malformed, tmp_path):
     good = {"prompt": "Hi", "responses": ["a", "b"], "verdicts": ["Score: 1", None]}
     path = tmp_path / "e.jsonl"
     with pytest.raises(UserError, match=r"e.jsonl:2: "):
-        verdicts.load_judged(write(path, good, malformed))
-    assert verdicts.load_judged(write(path, good))[0] == {**good, "prompt": HI}
+        verdicts.load_judged(write_jsonl(path, good, malformed))
+    assert verdicts.load_judged(write_jsonl(path, good))[0] == {**good, "prompt": HI}

@@ -114,13 +114,13 @@ def chat(*contents):
 def write_jsonl(path, *records):
     """Write one record a line and return the path. A string is written as it is: a broken line."""
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
-    path.write_text("".join(line + "\n" for line in lines))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
 def read_jsonl(path):
     """Return the records of a file of JSON lines, such as a log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def random_documents(lengths, seed=0):
