@@ -144,8 +144,7 @@ def sampled(policy, reference, enc, records, gold, cfg):
         return {}
     prompts = [r["ids"] for r in records]
     responses = gpt.generate(policy, prompts, cfg.max_new_tokens, stop=end_of(enc), seed=cfg.seed)
-    examples = [sft.Example(torch.tensor(p + r), torch.tensor([0] * len(p) + [1] * len(r)))
-                for p, r in zip(prompts, responses)]
+    examples = [sft.response_example(p, r) for p, r in zip(prompts, responses)]
     kl = all_logprobs(policy, examples) - all_logprobs(reference, examples)   # (N,)
     row = {"samples/kl": kl.mean().item(),
            "samples/length": sum(map(len, responses)) / len(responses)}

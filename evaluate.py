@@ -82,9 +82,8 @@ def response_logprobs(model, enc, chats, responses):
     examples = []
     for chat, response in zip(chats, responses):
         prompt = sft.render_prompt(chat, enc)
-        ids = (prompt + enc.encode_ordinary(response) + [end_of(enc)])[:block_size]
-        mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-        examples.append(sft.Example(torch.tensor(ids), torch.tensor(mask)))
+        ids = enc.encode_ordinary(response) + [end_of(enc)]
+        examples.append(sft.response_example(prompt, ids[:block_size - len(prompt)]))
     return dpo.all_logprobs(model, examples)
 
 

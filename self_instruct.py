@@ -357,8 +357,7 @@ def encode(record, enc, rng):
     output = record["output"] if prompt.endswith("\n") else " " + record["output"]
     ids = enc.encode_ordinary(prompt)
     response = enc.encode_ordinary(output) + [end_of(enc)]
-    mask = [0] * len(ids) + [1] * len(response)
-    return sft.Example(torch.tensor(ids + response), torch.tensor(mask))
+    return sft.response_example(ids, response)
 
 
 def endless_batches(records, enc, block_size, batch_tokens, rng, device):

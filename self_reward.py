@@ -35,7 +35,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 import dpo
@@ -119,10 +118,8 @@ def make_pairs(responses, scores, margin):
 
 def tokenize(enc, prompt, response):
     """Tokenize a chat and its next response -> sft.Example with mask 1 on that response alone."""
-    prompt_ids = sft.render_prompt(prompt, enc)
     response_ids = enc.encode_ordinary(response) + [end_of(enc)]
-    mask = [0] * len(prompt_ids) + [1] * len(response_ids)
-    return sft.Example(torch.tensor(prompt_ids + response_ids), torch.tensor(mask))
+    return sft.response_example(sft.render_prompt(prompt, enc), response_ids)
 
 
 def eft_examples(records, enc, block_size, rng):

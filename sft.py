@@ -115,9 +115,8 @@ def tokenize(chats, enc, block_size):
 
 def collate(examples, rows, device="cpu"):
     """Stack the examples of these indices -> ids (B, T), mask (B, T), padded on the right."""
-    ids = pad([examples[i].ids for i in rows])
-    mask = pad([examples[i].mask for i in rows])
-    return ids.to(device), mask.to(device)
+    ids = pad([examples[i].ids for i in rows]).to(device)
+    return ids, pad([examples[i].mask for i in rows]).to(device)
 
 
 def fit_prompts(records, enc, most):
@@ -130,9 +129,16 @@ def fit_prompts(records, enc, most):
     return fitting
 
 
+def response_example(prompt, response):
+    """Join the ids of a prompt and its response -> Example with mask 1 on the response."""
+    mask = [0] * len(prompt) + [1] * len(response)
+    return Example(torch.tensor(prompt + response), torch.tensor(mask))
+
+
 def decode_response(ids, enc):
     """Turn the ids of a response into a string, without the end token."""
-    return enc.decode([i for i in ids if i != end_of(enc)])
+    end = end_of(enc)
+    return enc.decode([i for i in ids if i != end])
 
 
 def sample_responses(model, enc, chats, max_new_tokens, **sampling):
@@ -167,8 +173,7 @@ def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=l
     """The training loop alone, without resume, for other scripts. Yields after each epoch."""
     rng = random.Random(seed)
     device = model.wte.weight.device
-    lengths = [len(e.ids) for e in examples]
-    plan = [batches(lengths, batch_tokens, rng) for _ in range(epochs)]
+    plan = [batches([len(e.ids) for e in examples], batch_tokens, rng) for _ in range(epochs)]
     steps = sum(map(len, plan))
     optimizer = adamw(model, lr, 0.01)
     step = 0
@@ -220,7 +225,6 @@ def main(cfg):
                             f"{out / 'reward.pt'}; train it first: python reward.py --out {out}")
         reward_model = reward.load_reward(out / "reward.pt", device)[0]
         gold = load_grader(cfg.gold, prompts)
-
     rng = random.Random(cfg.seed)
     lengths = [len(e.ids) for e in examples]
     plan = [batches(lengths, cfg.batch_tokens, rng) for _ in range(cfg.epochs)]
@@ -251,7 +255,6 @@ def main(cfg):
             run.log(**row)
             run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
             keep_best(best, row, model, cfg.select)
-
     model.load_state_dict(best["model"])
     for row in table:
         print_row(row)

@@ -170,9 +170,7 @@ def likeliest(model, enc, prompts, labels):
     for prompt in prompts:
         start = enc.encode_ordinary(prompt)
         for label in labels:
-            new = enc.encode_ordinary(label + ".")
-            mask = [0] * len(start) + [1] * len(new)
-            examples.append(sft.Example(torch.tensor(start + new), torch.tensor(mask)))
+            examples.append(sft.response_example(start, enc.encode_ordinary(label + ".")))
     logprobs = dpo.all_logprobs(model, examples).view(len(prompts), len(labels))
     return [labels[i] for i in logprobs.argmax(1).tolist()]
 

@@ -225,10 +225,8 @@ def tool_examples(tasks, db, enc):
         call = enc.encode_ordinary(f"{before}<<< {task.statement} >>>")
         head = prompt + enc.encode_ordinary(before + result)
         tail = enc.encode_ordinary(after) + [end_of(enc)]
-        for given, learned in ((prompt, call), (head, tail)):
-            ids = torch.tensor(given + learned)
-            mask = torch.tensor([0] * len(given) + [1] * len(learned))
-            examples.append(sft.Example(ids, mask))
+        examples += [sft.response_example(given, learned)
+                     for given, learned in ((prompt, call), (head, tail))]
     return examples
 
 
