@@ -55,8 +55,7 @@ def stream(model, ids, max_new_tokens, temperature=1.0, rng=None):
     device = model.wte.weight.device
     if not 0 < len(ids) < block_size:
         raise UserError(f"the prompt has {len(ids)} tokens; it must have 1 to {block_size - 1}")
-    size = min(block_size, len(ids) + max_new_tokens)
-    cache = gpt.KVCache(model.config, 1, size, device, model.wte.weight.dtype)
+    cache = gpt.KVCache(model, 1, len(ids))
     states = model.hidden(torch.tensor([ids], device=device), cache)          # (1, T, C)
     cache.fill([len(ids)])
     for n in range(1, max_new_tokens + 1):

@@ -32,6 +32,7 @@ import reward
 import sft
 from data.formats import load_grader, mean_grade
 from data.rankings import choose_pairs
+from data.text import sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import (
     RunConfig, UserError, check_name, choose, pick_device, require, run_folder, start)
@@ -88,7 +89,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 
 def response_logprobs(model, ids, mask):
     """log pi(y|x) of whole responses: ids, mask (B, T) -> (B,), fp32; the mask is 1 on y."""
-    return (gpt.token_logprobs(model, ids) * mask[:, 1:]).sum(1)
+    return gpt.token_logprobs(model, ids, mask=mask[:, 1:]).sum(1)
 
 
 def flatten(comparisons, how, rng):
@@ -121,9 +122,7 @@ def pair_logprobs(model, examples, pairs):
 def all_logprobs(model, examples, batch=64):
     """log pi of every response -> (N,) on the CPU. Similar lengths share a batch."""
     result = torch.zeros(len(examples))
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    for first in range(0, len(order), batch):
-        rows = order[first:first + batch]
+    for rows in sorted_batches([len(e.ids) for e in examples], batch):
         ids, mask = sft.collate(examples, rows, model.wte.weight.device)      # (b, T) each
         result[rows] = response_logprobs(model, ids, mask).cpu()
     return result

@@ -159,11 +159,11 @@ def grade_row(exam, responses):
 
 def best_of_n(model, reward_model, enc, chats, cfg):
     """Sample n responses per prompt and return those with the highest score."""
-    samples = [sft.sample_responses(model, enc, chats, cfg.max_new_tokens, seed=cfg.seed + 2 + k)
-               for k in range(cfg.best_of)]
-    scores = torch.tensor([reward.score_responses(reward_model, enc, chats, s) for s in samples])
-    best = scores.argmax(0).tolist()                                          # (prompts,)
-    return [samples[k][i] for i, k in enumerate(best)]
+    repeated = [chat for chat in chats for _ in range(cfg.best_of)]
+    samples = sft.sample_responses(model, enc, repeated, cfg.max_new_tokens, seed=cfg.seed + 2)
+    scores = torch.tensor(reward.score_responses(reward_model, enc, repeated, samples))
+    best = scores.view(len(chats), cfg.best_of).argmax(1).tolist()            # (prompts,)
+    return [samples[i * cfg.best_of + k] for i, k in enumerate(best)]
 
 
 def evaluate(cfg):

@@ -31,12 +31,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import checkpoint, corpus, huggingface
-from data.text import document_odds, draw_documents, pack, pad, predicted, read_corpus, windows
+from data.text import by_length, draw_rows, pack, pad, predicted, read_corpus, windows
 from data.tokenizer import end_of, fingerprint, get_tokenizer, token_bytes
 from scaffold.cli import (
     RunConfig, UserError, brief, choose, pick_device, require, run_folder, start)
 from scaffold.distributed import global_mean, rank0_first, shard
-from scaffold.optim import adamw, autocast, lr_at
+from scaffold.optim import adamw, autocast, lr_at, muon
 from scaffold.run import Run, load_checkpoint, save_checkpoint, set_seed
 
 
@@ -52,13 +52,14 @@ class Config(RunConfig):
     n_embd: int = 128            # width; time grows with its square
     block_size: int = 128        # context in tokens; must hold prompt and response of later stages
     dropout: float = 0.0         # 0.1 to 0.2 if a small text is read many times
-    steps: int = 7000            # optimizer steps; usually 1 to 2 epochs of the text
-    batch_tokens: int = 512      # tokens per step; tiny models learn fastest from many small steps
-    lr: float = 2e-3             # peak learning rate; 2e-3 below 1M parameters, 6e-4 at 100M
-    schedule: str = "cosine"     # cosine (down to a tenth) or constant; both after a short warmup
+    steps: int = 1200            # optimizer steps; usually about 1 epoch of the text
+    batch_tokens: int = 2048     # tokens per step, in rows of block_size
+    optimizer: str = "muon"      # muon (needs fewer tokens) or adamw; see scaffold/optim.py
+    lr: float = 6e-3             # peak learning rate; with adamw 2e-3 below 1M parameters
+    schedule: str = "cosine"     # cosine (down to 0) or constant; both after a short warmup
     weight_decay: float = 0.01   # on matrices only
     val_fraction: float = 0.05   # share of each source kept for validation, from its end
-    eval_every: int = 1000       # steps between evaluations
+    eval_every: int = 200        # steps between evaluations
 
 
 @dataclass
@@ -85,16 +86,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, layer=0, mask=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, H, T, D) each
-        if cache is not None:
-            k, v = cache.write(layer, k, v)                                   # (B, H, end, D)
-        if T > 1 or cache is None:   # no cache, or its first fill: q and k cover the same tokens
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv                                                         # (B, H, T, D) each
+        if cache is not None and T == 1:
+            y = cache.attend(layer, q, qkv[1:])                               # (B, H, 1, D)
+        else:
+            if cache is not None:   # its first fill: q and k cover the same tokens
+                cache.kv[layer, :, :, :, :T] = qkv[1:]
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None,
                 dropout_p=self.dropout if self.training else 0.0)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible())
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                # (B, T, C)
 
 
@@ -124,8 +125,7 @@ class Block(nn.Module):
 
 def sinusoids(T, C):
     """Return the position codes of Vaswani et al. (1706.03762), scaled by 0.05: (T, C)."""
-    frequency = 10_000 ** -(torch.arange(0, C, 2) / C)                        # (ceil(C/2),)
-    angle = torch.arange(T)[:, None] * frequency                              # (T, ceil(C/2))
+    angle = torch.arange(T)[:, None] * 10_000 ** -(torch.arange(0, C, 2) / C)   # (T, ceil(C/2))
     return 0.05 * torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :C]
 
 
@@ -151,12 +151,15 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.06)
         self.wpe.weight.data = sinusoids(config.block_size, config.n_embd)
 
-    def hidden(self, ids, cache=None, segments=None):
+    def hidden(self, ids, cache=None, segments=None, lengths=None):
         """Map token ids (B, T) to the states after the last LayerNorm (B, T, C).
 
         segments (B, T) numbers the documents of a packed row: each starts at position 0 and attends
-        only to itself. Raises UserError if T exceeds the context.
+        only to itself. lengths (B,): how many states of a row are needed; fewer take less time.
+        Raises UserError if T exceeds the context.
         """
+        if lengths is not None:
+            return by_length(self.hidden, ids, lengths)
         T = ids.shape[1]
         if T > self.config.block_size:
             raise UserError(f"{T} tokens are longer than the context of {self.config.block_size}")
@@ -165,10 +168,9 @@ class GPT(nn.Module):
         if segments is not None:
             first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))        # (B, T)
             positions = positions - (positions * first).cummax(1).values      # (B, T)
-            same = segments[:, :, None] == segments[:, None, :]               # (B, T, T)
-            mask = same.tril()[:, None]                                       # (B, 1, T, T)
+            mask = (segments[:, :, None] == segments[:, None]).tril()[:, None]   # (B, 1, T, T)
         elif cache is not None and T == 1:
-            positions = cache.lengths[:, None]                                # (B, 1)
+            positions = cache.open_slots()                                    # (B, 1)
         x = self.drop(self.wte(ids) + self.wpe(positions))                    # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer, mask)
@@ -204,53 +206,55 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for right-padded rows of different lengths.
+    """Keys and values of the tokens seen so far. lengths[b] is the position of row b's next token.
 
-    lengths[b] is the position of the next token of row b. The first fill also stores the padding of
-    short rows; each new token overwrites one such slot before any token can attend to it.
+    The rows are padded on the right. Each new token overwrites a slot of padding in its row.
     """
 
-    def __init__(self, config, B, S, device, dtype):
-        shape = (config.n_layer, B, config.n_head, S, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)               # (L, B, H, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(B, dtype=torch.long, device=device)        # (B,)
-        self.longest = 0   # max of lengths as a Python int: .item() would wait for the GPU
+    def __init__(self, model, B, T):
+        c = model.config
+        shape = (c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
+        self.kv = model.wte.weight.new_zeros(shape)                           # (L, 2, B, H, S, D)
+        self.block_size = c.block_size
+        self.fill([0] * B)
 
-    def write(self, layer, k, v):
-        """Store new keys and values (B, H, T, D); return all that are stored (B, H, end, D)."""
-        T = k.shape[2]
-        if T > 1:
-            self.k[layer, :, :, :T] = k
-            self.v[layer, :, :, :T] = v
-        else:
-            rows = torch.arange(len(k), device=k.device)
-            self.k[layer, rows, :, self.lengths] = k[:, :, 0]                 # (B, H, D)
-            self.v[layer, rows, :, self.lengths] = v[:, :, 0]
-        end = max(T, self.longest + 1)   # slots in use; the rest of the S are empty
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def open_slots(self):
+        """Choose the slot of one new token per row, and mask those after it -> positions (B, 1)."""
+        if self.longest == self.kv.shape[4]:   # attention reads all S slots: add only a few
+            self.kv = F.pad(self.kv, (0, 0, 0, 16))
+        _, _, B, H, S, _ = self.kv.shape
+        first = torch.arange(0, 2 * B * H * S, S, device=self.kv.device)      # of each (S, D) block
+        self.slots = first + self.lengths.repeat_interleave(H).repeat(2)      # (2*B*H,)
+        later = torch.arange(S, device=self.kv.device) > self.lengths[:, None]   # (B, S)
+        bias = self.kv.new_zeros(B, S).masked_fill(later, -math.inf)
+        self.bias = bias.repeat_interleave(H, 0)[:, None]                     # (B*H, 1, S)
+        return self.lengths[:, None]
 
-    def visible(self):
-        """Return the mask of one new token per row: positions up to its own, (B, 1, 1, end)."""
-        positions = torch.arange(self.longest + 1, device=self.k.device)
-        return (positions <= self.lengths[:, None])[:, None, None]
+    def attend(self, layer, q, kv):
+        """Store kv (2, B, H, 1, D) of one new token per row, and attend from q to all up to it.
+
+        q and the result are (B, H, 1, D). For one query, two products beat the fused kernel.
+        """
+        D = q.shape[-1]
+        self.kv[layer].view(-1, D)[self.slots] = kv.reshape(-1, D)
+        k, v = self.kv[layer].flatten(1, 2)                                   # (B*H, S, D) each
+        scores = torch.baddbmm(self.bias, q.reshape(-1, 1, D), k.mT, alpha=D ** -0.5)
+        return (scores.softmax(-1) @ v).view(q.shape)
 
     def fill(self, lengths):
         """Set the lengths of the rows after the prefill."""
-        self.lengths = torch.tensor(lengths, device=self.k.device)
-        self.longest = max(lengths)
+        self.lengths = torch.tensor(lengths, device=self.kv.device)           # (B,)
+        self.longest = max(lengths)   # as a Python int: .item() would wait for the GPU
 
     def step(self):
-        """Count one more token in every row."""
-        self.lengths = self.lengths + 1
+        """Count one more token in every row; a finished row may stay at the end of the context."""
+        self.lengths = (self.lengths + 1).clamp(max=self.block_size - 1)
         self.longest += 1
 
-    def keep(self, rows, longest):
-        """Keep only these rows of the batch; longest: the maximum of their lengths."""
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
+    def keep(self, rows):
+        """Keep only these rows of the batch, in this order; a row may be repeated."""
+        self.kv = self.kv[:, :, rows]
         self.lengths = self.lengths[rows]
-        self.longest = longest
 
 
 def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
@@ -267,12 +271,13 @@ def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
         # Remove a token if those above it already hold top_p; the one that reaches it stays.
         remove = ordered.cumsum(-1) - ordered >= top_p
         remove[:, 0] = False
-        ordered[remove] = 0
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    return torch.multinomial(probs, 1, generator=rng)[:, 0]
+        probs = probs.masked_fill(remove.scatter(-1, order, remove), 0)
+    sums = probs.cumsum(-1)   # inverse transform sampling; torch.multinomial is slower on a CPU
+    u = torch.rand(len(probs), 1, generator=rng, device=probs.device) * sums[:, -1:]
+    return torch.searchsorted(sums, u, right=True)[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None,
              seed=None):
     """Continue a ragged batch of prompts, given as lists of ids.
@@ -284,52 +289,55 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
         return [[] for _ in prompts]
     block_size = model.config.block_size
     device = model.wte.weight.device
-    lengths = [len(p) for p in prompts]
-    for i, n in enumerate(lengths, 1):
+    for i, n in enumerate(map(len, prompts), 1):
         if not 0 < n < block_size:
             raise UserError(f"prompt {i} has {n} tokens, the context of {block_size} allows 1 to "
                             f"{block_size - 1}: shorten it, or train with a larger --block-size")
     was_training = model.training
     model.eval()
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    S = min(block_size, max(lengths) + max_new_tokens)
-    cache = KVCache(model.config, len(prompts), S, device, model.wte.weight.dtype)
-    ids = pad([torch.tensor(p) for p in prompts]).to(device)                  # (B, T)
-    states = model.hidden(ids, cache)                                         # (B, T, C)
-    cache.fill(lengths)   # the first new token follows the last real token of each row:
-    states = states[torch.arange(len(states), device=device), cache.lengths - 1]   # (B, C)
+    unique = {p: row for row, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids = pad([torch.tensor(p) for p in unique]).to(device)                   # (P, T)
+    cache = KVCache(model, *ids.shape)
+    states = model.hidden(ids, cache)                                         # (P, T, C)
+    cache.fill([len(p) for p in unique])
+    rows = torch.tensor([unique[tuple(p)] for p in prompts], device=device)   # equal prompts share
+    cache.keep(rows)                                                          # their prefill
+    states = states[rows, cache.lengths - 1]   # (B, C), at the last real token of each row
     new = [[] for _ in prompts]
-    alive = list(range(len(prompts)))   # alive[row]: the prompt that this row continues
+    limits = [min(max_new_tokens, block_size - len(p)) for p in prompts]
+    alive = {i: i for i in range(len(prompts))}   # row of the batch: its prompt, until it ends
     while True:
         tokens = sample_tokens(model.unembed(states), temperature, top_k, top_p, rng)   # (B,)
-        keep = []
-        for row, token in enumerate(tokens.tolist()):
-            i = alive[row]
-            new[i].append(token)
-            full = len(new[i]) == max_new_tokens or lengths[i] + len(new[i]) == block_size
-            if token != stop and not full:
-                keep.append(row)
-        if not keep:
+        ids = tokens.tolist()
+        for row, i in list(alive.items()):
+            new[i].append(ids[row])
+            if ids[row] == stop or len(new[i]) == limits[i]:
+                del alive[row]
+        if not alive:
             model.train(was_training)
             return new
-        if len(keep) < len(alive):   # drop finished rows; -1: the newest token is not cached yet
-            rows = torch.tensor(keep, device=device)
-            alive = [alive[row] for row in keep]
+        if len(alive) < 0.8 * len(ids):   # not after every token: dropping rows copies the cache
+            rows = torch.tensor(list(alive), device=device)
+            alive = dict(enumerate(alive.values()))
             tokens = tokens[rows]
-            cache.keep(rows, max(lengths[i] + len(new[i]) - 1 for i in alive))
+            cache.keep(rows)
         states = model.hidden(tokens[:, None], cache)[:, 0]                   # (B, C)
         cache.step()
 
 
-def logprobs_of(logits, ids, temperature=1.0):
-    """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T, V), (B, T) -> (B, T-1)."""
-    logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)    # (B, T-1, V)
-    return logprobs.gather(-1, ids[:, 1:, None])[..., 0]                      # (B, T-1)
+def token_logprobs(model, ids, temperature=1.0, mask=None):
+    """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T) -> (B, T-1).
 
-
-def token_logprobs(model, ids, temperature=1.0):
-    """Return the log-probability of each next token, fp32: (B, T) -> (B, T-1)."""
-    return logprobs_of(model(ids), ids, temperature)
+    With a mask (B, T-1), only where it is 1, and 0 elsewhere: a prompt needs no logits.
+    """
+    mask = torch.ones_like(ids[:, 1:]).bool() if mask is None else mask.bool()
+    last = torch.arange(1, ids.shape[1], device=ids.device) * mask            # (B, T-1)
+    lengths = F.pad(last, (1, 0), value=1).amax(1)   # (B,), of the states that are needed
+    states = model.hidden(ids, lengths=lengths)[:, :-1][mask]                 # (N, C)
+    logits = model.unembed(states).float()                                    # (N, V)
+    nll = F.cross_entropy(logits / temperature, ids[:, 1:][mask], reduction="none")   # (N,)
+    return nll.new_zeros(mask.shape).masked_scatter(mask, -nll)               # (B, T-1)
 
 
 def save_model(path, model, enc, tokenizer, **extra):
@@ -349,8 +357,7 @@ def load_model(path, device="cpu", dropout=0.0):
 def lm_loss(model, ids, segments, reduction="mean"):
     """Next-token cross-entropy in nats over packed rows, ids and segments (B, T)."""
     inside = predicted(segments)                                              # (B, T-1)
-    states = model.hidden(ids, segments=segments)[:, :-1][inside]             # (N, C)
-    logits = model.unembed(states).float()                                    # (N, V)
+    logits = model.unembed(model.hidden(ids, segments=segments)[:, :-1][inside]).float()   # (N, V)
     return F.cross_entropy(logits, ids[:, 1:][inside], reduction=reduction)
 
 
@@ -360,19 +367,17 @@ def val_loss(model, sources, enc, device, limit=40_000):
     was_training, T = model.training, model.config.block_size
     model.eval()
     n_bytes = torch.tensor([float(len(b)) for b in token_bytes(enc)])         # (V,)
-    weighted = weights = nats = size = 0.0
+    weighted = nats = size = 0.0
     for source in sources.values():
         ids, segments = pack(windows(source.val, T, limit), T)                # (B, T) each
-        loss = 0
-        for rows, parts in zip(ids.split(32), segments.split(32)):
-            loss += lm_loss(model, rows.to(device), parts.to(device), "sum").item()
+        loss = sum(lm_loss(model, rows.to(device), parts.to(device), "sum").item()
+                   for rows, parts in zip(ids.split(32), segments.split(32)))
         inside = predicted(segments)                                          # (B, T-1)
         weighted += source.weight * loss / inside.sum().item()
-        weights += source.weight
         nats += loss
         size += n_bytes[ids[:, 1:][inside]].sum().item()
     model.train(was_training)
-    return weighted / weights, nats / math.log(2) / size
+    return weighted / sum(s.weight for s in sources.values()), nats / math.log(2) / size
 
 
 def first_model(cfg, device):
@@ -399,6 +404,7 @@ def main(cfg):
     require(cfg, 0, "lr", "weight_decay", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "schedule", "cosine", "constant")
+    choose(cfg, "optimizer", "muon", "adamw")
     device = pick_device(cfg.device)
     out = run_folder(cfg.out)
     set_seed(cfg.seed)
@@ -410,23 +416,18 @@ def main(cfg):
     size = {name: sum(map(len, source.train)) for name, source in sources.items()}
     print(f"gpt.py: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{sum(size.values()):,} tokens, device {device}")
-    optimizer = adamw(model, cfg.lr, cfg.weight_decay)
-    odds = document_odds(sources, T)
+    optimizer = {"muon": muon, "adamw": adamw}[cfg.optimizer](model, cfg.lr, cfg.weight_decay)
     rng = random.Random(cfg.seed)
     drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
     run = Run(cfg, "gpt", [cfg.data, cfg.init, cfg.init_from], model=model, optimizer=optimizer,
               rng=rng, drawn=drawn)
     model.train()
     for step in run.steps(cfg.steps):
-        documents, tokens = draw_documents(sources, odds, cfg.batch_tokens, T, rng)
-        for name, n in tokens.items():
-            drawn[name] += n
-        documents = shard(documents)
-        ids, segments = pack(documents, T)                                    # (B, T) each
+        ids, segments = map(shard, draw_rows(sources, drawn, cfg.batch_tokens, T, rng))
         with autocast(device):
             loss = lm_loss(model, ids.to(device), segments.to(device))
-        loss = global_mean(loss, sum(map(len, documents)) - len(documents))   # n: predictions
-        lr = lr_at(step, cfg.steps, cfg.lr, cfg.schedule)
+        loss = global_mean(loss, predicted(segments).sum())
+        lr = lr_at(step, cfg.steps, cfg.lr, cfg.schedule, floor=0)
         norm = run.take_step(loss, optimizer, model, lr, ids[0, :8], "token id")
         row = dict(step=step, loss=loss.item(), grad_norm=norm)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
@@ -434,9 +435,8 @@ def main(cfg):
             run.bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val_loss']:.3f}")
         run.log(**row)
     epochs = {name: round(n / size[name], 2) for name, n in drawn.items()}
-    speed = sum(drawn.values()) / run.seconds()
     print(f"validation loss {row['val_loss']:.3f} nats per token, {row['bits_per_byte']:.3f} bits "
-          f"per byte, {speed:,.0f} tokens/s; epochs per source: {epochs}")
+          f"per byte, {sum(drawn.values()) / run.seconds():,.0f} tokens/s; epochs: {epochs}")
     save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data,
                val_fraction=cfg.val_fraction, mixture=cfg.mixture, val_loss=row["val_loss"])
     run.finish()

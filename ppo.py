@@ -40,7 +40,7 @@ import reward
 import sft
 from data import corpus
 from data.formats import load_grader, load_prompts, mean_grade
-from data.text import checkpoint_text, document_odds, draw_documents, pack, pad
+from data.text import checkpoint_text, draw_rows, pad, predicted
 from data.tokenizer import end_of, fingerprint
 from scaffold.cli import (
     RunConfig, UserError, check_name, pick_device, require, run_folder, start)
@@ -165,15 +165,15 @@ def rollout(sampler, policy, reference, reward_model, value_model, prompts, end,
     starts = torch.tensor([len(p) for p in prompts], device=device)
     lengths = starts + torch.tensor([len(r) for r in responses], device=device)   # (B,)
     ended = torch.tensor([r[-1] == end for r in responses], device=device)
+    mask = response_mask(starts, lengths, ids.shape[1])                       # (B, T-1)
     # The same forward pass at temperature 1 as in the loss, so the first ratio is exactly 1.
-    logprobs = gpt.token_logprobs(policy, ids)
-    ref_logprobs = gpt.token_logprobs(reference, ids)
+    logprobs = gpt.token_logprobs(policy, ids, mask=mask)                     # (B, T-1)
+    ref_logprobs = gpt.token_logprobs(reference, ids, mask=mask)
     return Rollout(
-        ids=ids, lengths=lengths, ended=ended, responses=responses,
-        mask=response_mask(starts, lengths, ids.shape[1]),
+        ids=ids, lengths=lengths, mask=mask, ended=ended, responses=responses,
         logprobs=logprobs, ref_logprobs=ref_logprobs,
         old_logprobs=ref_logprobs if sampler is reference else logprobs,
-        values=value_model(ids)[:, :-1],
+        values=value_model(ids, lengths)[:, :-1],
         scores=torch.where(ended, reward_model.score(ids, lengths), cfg.missing_eos_score))
 
 
@@ -183,9 +183,9 @@ def losses(policy, value_model, b, advantages, returns, rows, cfg):
     ids = b.ids[rows, :T]   # (n, T) of n rows; no autocast: bf16 rounds ratios near 1 to 1
     mask = b.mask[rows, :T - 1]                                               # (n, T-1)
     old = b.old_logprobs[rows, :T - 1]
-    logprobs = gpt.token_logprobs(policy, ids)
+    logprobs = gpt.token_logprobs(policy, ids, mask=mask)                     # (n, T-1)
     old_values = b.values[rows, :T - 1]
-    values = value_model(ids)[:, :-1]
+    values = value_model(ids, b.lengths[rows])[:, :-1]
     pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
     vf_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
     pg_loss = global_mean(pg_loss, mask.sum())
@@ -201,14 +201,13 @@ def losses(policy, value_model, b, advantages, returns, rows, cfg):
     return pg_loss, vf_loss, all_reduce_mean(stat)
 
 
-def ptx_loss(policy, sources, odds, cfg, rng):
+def ptx_loss(policy, sources, drawn, cfg, rng):
     """Next-token loss on freshly drawn pretraining documents."""
     T = policy.config.block_size
     device = policy.wte.weight.device
-    documents = shard(draw_documents(sources, odds, cfg.ptx_tokens, T, rng)[0])
-    ids, segments = pack(documents, T)                                        # (B, T) each
+    ids, segments = map(shard, draw_rows(sources, drawn, cfg.ptx_tokens, T, rng))
     loss = gpt.lm_loss(policy, ids.to(device), segments.to(device))
-    return global_mean(loss, sum(map(len, documents)) - len(documents))
+    return global_mean(loss, predicted(segments).sum())
 
 
 def minibatches(n, cfg, rng, device):
@@ -268,7 +267,7 @@ def main(cfg):
     if cfg.ptx:
         T = policy.config.block_size
         sources = checkpoint_text(out / "gpt.pt", enc, T, cfg.text)
-        odds = document_odds(sources, T)
+        drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
     policy_optimizer = adamw(policy, cfg.lr)
     value_optimizer = adamw(value_model, cfg.lr)
     rng = random.Random(cfg.seed)
@@ -297,7 +296,7 @@ def main(cfg):
             stat["norm"] = 0.0
             if update >= cfg.value_warmup:
                 if cfg.ptx:
-                    pg_loss = pg_loss + cfg.ptx * ptx_loss(policy, sources, odds, cfg, rng)
+                    pg_loss = pg_loss + cfg.ptx * ptx_loss(policy, sources, drawn, cfg, rng)
                 stat["norm"] = run.take_step(pg_loss, policy_optimizer, policy, lr, rows, "row")
             run.take_step(vf_loss, value_optimizer, value_model, lr, rows, "row")   # of the rollout
             stats.append(stat)

@@ -31,7 +31,7 @@ import sft
 from data import labelers
 from data.formats import load_comparisons, load_grader, load_val, mean_grade
 from data.rankings import print_ranking, report, word_scores
-from data.text import batches, pad
+from data.text import batches, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
@@ -68,14 +68,14 @@ class RewardModel(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
-    def forward(self, ids):
-        """Score the text up to and including each token: (B, T) -> (B, T), fp32."""
-        raw = self.head(self.body.hidden(ids))[..., 0].float()                # (B, T)
+    def forward(self, ids, lengths=None):
+        """Score the text up to each token: (B, T) -> (B, T), fp32; lengths (B,) save time."""
+        raw = self.head(self.body.hidden(ids, lengths=lengths))[..., 0].float()   # (B, T)
         return (raw - self.mean) / self.std
 
     def score(self, ids, lengths):
         """Score at the last real token, which should be the end token: (B, T), (B,) -> (B,)."""
-        return self(ids)[torch.arange(len(ids), device=ids.device), lengths - 1]
+        return self(ids, lengths)[torch.arange(len(ids), device=ids.device), lengths - 1]
 
 
 def pair_mask(ranks):
@@ -157,11 +157,9 @@ def rank_tensor(rows):
 @torch.no_grad()
 def score_rows(model, rows, device, batch=256):
     """Score id tensors at their last token -> list of floats. Similar lengths share a batch."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [0.0] * len(rows)
     model.eval()
-    for first in range(0, len(order), batch):
-        chunk = order[first:first + batch]
+    for chunk in sorted_batches([len(row) for row in rows], batch):
         lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
         ids = pad([rows[i] for i in chunk]).to(device)                        # (b, T)
         for i, score in zip(chunk, model.score(ids, lengths).tolist()):

@@ -380,7 +380,7 @@ def fine_tune(base, device, records, val_score, cfg):
                mininterval=1, leave=False)
     for step, (ids, mask) in enumerate(bar):                                  # (B, T) each
         model.train()
-        loss = sft.response_loss(model(ids), ids, mask)
+        loss = sft.chat_loss(model, ids, mask)
         take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr))
         if (step + 1) % max(1, cfg.steps // 5) == 0:
             score = val_score(model.eval())

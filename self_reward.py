@@ -175,19 +175,11 @@ def new_prompts(cfg, t, seed, pool, writer, enc, room):
     return sft.fit_prompts(records, enc, room)
 
 
-def respond(model, enc, chats, cfg, seed, **sampling):
-    """Sample a response to each chat, 1,024 at a time -> [string]."""
-    responses = []
-    for i in range(0, len(chats), 1024):
-        responses += sft.sample_responses(model, enc, chats[i:i + 1024], cfg.max_new_tokens,
-                                          seed=seed + i, **sampling)
-    return responses
-
-
 def sample(model, enc, prompts, cfg, seed):
     """Sample K = cfg.candidates responses to each prompt -> rows of K strings, one per prompt."""
     K = cfg.candidates
-    responses = respond(model, enc, [p["prompt"] for p in prompts for _ in range(K)], cfg, seed)
+    chats = [p["prompt"] for p in prompts for _ in range(K)]
+    responses = sft.sample_responses(model, enc, chats, cfg.max_new_tokens, seed=seed)
     return [responses[i:i + K] for i in range(0, len(responses), K)]
 
 
@@ -203,10 +195,9 @@ def judge(model, enc, prompts, responses, cfg, seed):
             chats[prompt_text(p["prompt"]), response] = judge_chat(p["prompt"], response)
     room = model.config.block_size
     fitting = [k for k, chat in chats.items() if len(sft.render_prompt(chat, enc)) < room]
-    # Chats of similar length share a batch, which saves padding.
-    keys = sorted(fitting * cfg.judgements, key=lambda k: len(k[0]) + len(k[1]))
-    written = respond(model, enc, [chats[k] for k in keys], cfg, seed,
-                      temperature=cfg.judge_temperature)
+    keys = fitting * cfg.judgements
+    written = sft.sample_responses(model, enc, [chats[k] for k in keys], cfg.max_new_tokens,
+                                   seed=seed, temperature=cfg.judge_temperature)
     scores = {k: [] for k in chats}
     for k, verdict in zip(keys, written):
         scores[k].append(parse_score(verdict))
@@ -259,7 +250,7 @@ def improve(policy, examples, replay, cfg, rng, log):
         loss, row = pair_loss(policy, examples, reference, pairs, cfg)
         if cfg.replay:
             ids, mask = next(replayed)                                        # (B, T) each
-            replay_loss = sft.response_loss(policy(ids), ids, mask)
+            replay_loss = sft.chat_loss(policy, ids, mask)
             loss = loss + cfg.replay * replay_loss
             row["replay_loss"] = replay_loss.item()
         lr = lr_at(step, len(plan), cfg.lr)

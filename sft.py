@@ -21,21 +21,21 @@ reward.py. Elsewhere: data/formats.py reads records, scaffold/ holds flags and c
 import random
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import gpt
 from data import corpus
 from data.formats import check_messages, load_chats, load_grader, load_val, prompt_of
-from data.text import batches, pad
+from data.text import batches, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
 from scaffold.optim import adamw, autocast, lr_at
-from scaffold.run import Run, ensure_stage, set_seed, take_step
+from scaffold.run import Run, ensure_stage, keep_best, set_seed, take_step
 from scaffold.table import print_row, print_samples
 
 
@@ -89,8 +89,15 @@ def response_loss(logits, ids, mask):
 
     logits (B, T, V), ids and mask (B, T) are unshifted: the shift by one happens here.
     """
-    mask = mask[:, 1:].float()                                                # (B, T-1)
-    return -(gpt.logprobs_of(logits, ids) * mask).sum() / mask.sum().clamp(min=1)
+    mask = mask[:, 1:].bool()                                                 # (B, T-1)
+    total = F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:][mask], reduction="sum")
+    return total / mask.sum().clamp(min=1)
+
+
+def chat_loss(model, ids, mask):
+    """The same loss from the model, without the logits of the prompt: faster."""
+    mask = mask[:, 1:]                                                        # (B, T-1)
+    return -gpt.token_logprobs(model, ids, mask=mask).sum() / mask.sum().clamp(min=1)
 
 
 def tokenize(chats, enc, block_size):
@@ -141,11 +148,15 @@ def decode_response(ids, enc):
     return enc.decode([i for i in ids if i != end])
 
 
-def sample_responses(model, enc, chats, max_new_tokens, **sampling):
+def sample_responses(model, enc, chats, max_new_tokens, seed=0, **sampling):
     """Sample a response (a string) to each chat that ends with the user's turn."""
     prompts = [render_prompt(c, enc) for c in chats]
-    responses = gpt.generate(model, prompts, max_new_tokens, stop=end_of(enc), **sampling)
-    return [decode_response(ids, enc) for ids in responses]
+    responses = {}
+    for n, rows in enumerate(sorted_batches([len(p) for p in prompts], 256)):
+        new = gpt.generate(model, [prompts[i] for i in rows], max_new_tokens, stop=end_of(enc),
+                           seed=seed + n, **sampling)
+        responses |= zip(rows, new)
+    return [decode_response(responses[i], enc) for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -161,14 +172,6 @@ def val_loss(model, examples, device, batch_tokens=8192):
     return total / n
 
 
-def keep_best(best, row, model, select):
-    """Copy the model into `best` if the epoch of this row is the best so far."""
-    quality = {"val": -row["val_loss"], "reward": row.get("reward"), "last": row["epoch"]}[select]
-    if not best or quality > best["quality"]:
-        weights = {k: v.clone() for k, v in model.state_dict().items()}
-        best.update(quality=quality, epoch=row["epoch"], model=weights)
-
-
 def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=lambda **row: None):
     """The training loop alone, without resume, for other scripts. Yields after each epoch."""
     rng = random.Random(seed)
@@ -177,21 +180,18 @@ def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=l
     steps = sum(map(len, plan))
     optimizer = adamw(model, lr, 0.01)
     step = 0
-    with tqdm(total=steps, desc=name, mininterval=1) as bar:
-        for epoch, epoch_batches in enumerate(plan, 1):
-            model.train()
-            for rows in epoch_batches:
-                ids, mask = collate(examples, rows, device)                   # (B, T) each
-                with autocast(device):
-                    loss = response_loss(model(ids), ids, mask)
-                norm = take_step(loss, optimizer, model, lr_at(step, steps, lr),
-                                 where=f"{name}, step {step}, examples {rows}")
-                log(step=step, loss=loss.item(), grad_norm=norm)
-                step += 1
-                bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            model.eval()
-            yield epoch
+    for epoch, epoch_batches in enumerate(plan, 1):
+        model.train()
+        for rows in tqdm(epoch_batches, desc=f"{name}, epoch {epoch}", mininterval=1):
+            ids, mask = collate(examples, rows, device)                       # (B, T) each
+            with autocast(device):
+                loss = chat_loss(model, ids, mask)
+            norm = take_step(loss, optimizer, model, lr_at(step, steps, lr),
+                             where=f"{name}, step {step}, examples {rows}")
+            log(step=step, loss=loss.item(), grad_norm=norm)
+            step += 1
+        model.eval()
+        yield epoch
 
 
 def main(cfg):
@@ -203,7 +203,7 @@ def main(cfg):
     out = run_folder(cfg.out)
     if not cfg.init:
         ensure_stage(out / "gpt.pt", gpt, cfg)
-    init = Path(cfg.init or out / "gpt.pt")
+    init = cfg.init or out / "gpt.pt"
     set_seed(cfg.seed)
     model, enc, base = gpt.load_model(init, device, cfg.dropout)
     if not cfg.data:
@@ -240,7 +240,7 @@ def main(cfg):
         model.train()
         ids, mask = collate(examples, shard(order[step]), device)             # (B, T) each
         with autocast(device):
-            loss = response_loss(model(ids), ids, mask)
+            loss = chat_loss(model, ids, mask)
         loss = global_mean(loss, mask[:, 1:].sum())
         lr = lr_at(step, len(order), cfg.lr)
         norm = run.take_step(loss, optimizer, model, lr, order[step])
@@ -254,7 +254,8 @@ def main(cfg):
             table.append(row)
             run.log(**row)
             run.bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{row['val_loss']:.3f}")
-            keep_best(best, row, model, cfg.select)
+            quality = {"val": -row["val_loss"], "reward": row.get("reward"), "last": epoch}
+            keep_best(best, model, quality[cfg.select], epoch=epoch)
     model.load_state_dict(best["model"])
     for row in table:
         print_row(row)
@@ -262,8 +263,7 @@ def main(cfg):
     after = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)
     run.finish()
-    print(f"---\nsaved {out / 'sft.pt'} (epoch {best['epoch']}); "
-          f"next: python reward.py --out {out}")
+    print(f"---\nsaved {out / 'sft.pt'}, epoch {best['epoch']}; next: python reward.py --out {out}")
 
 
 if __name__ == "__main__":

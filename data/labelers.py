@@ -66,10 +66,7 @@ def rank(model, enc, prompts, seed=0, max_new_tokens=64):
     people = habits(seed)
     sizes = [rng.randint(4, 9) for _ in prompts]
     chats = [prompt["prompt"] for prompt, size in zip(prompts, sizes) for _ in range(size)]
-    samples = []
-    for first in range(0, len(chats), 1024):
-        samples += sft.sample_responses(model, enc, chats[first:first + 1024], max_new_tokens,
-                                        seed=seed + first)
+    samples = sft.sample_responses(model, enc, chats, max_new_tokens, seed=seed)
     records = []
     remaining = iter(samples)
     for prompt, size in zip(prompts, sizes):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data.tokenizer import end_of
@@ -159,35 +160,31 @@ def checkpoint_text(path, enc, block_size, other=""):
     return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
 
 
-def document_odds(sources, T):
-    """Return how often to draw a document of each source, so that weights are shares of tokens.
+def draw_rows(sources, drawn, n_tokens, T, rng):
+    """Fill rows of T tokens with random documents -> ids, segments (B, T), as `pack` does.
 
-    A document contributes at most T tokens.
+    There are as many rows as fit into n_tokens, but at least one. The last document of a row loses
+    the end that does not fit; one that is longer than T contributes a random window. The next
+    document comes from the source that is furthest behind its weight. drawn: {source: tokens drawn
+    so far}, changed in place.
     """
-    odds = []
-    for source in sources.values():
-        drawn = sum(min(len(d), T) for d in source.train)   # tokens, if each document is drawn once
-        odds.append(source.weight * len(source.train) / drawn)
-    return odds
-
-
-def draw_documents(sources, odds, n_tokens, T, rng):
-    """Draw documents until they hold n_tokens -> (documents, {source: tokens drawn}).
-
-    A document longer than T contributes a random window of T tokens.
-    """
-    names = list(sources)
-    documents = []
-    drawn = dict.fromkeys(names, 0)
-    while sum(drawn.values()) < n_tokens:
-        name = rng.choices(names, odds)[0]
-        train = sources[name].train
-        document = train[rng.randrange(len(train))]
-        start = rng.randrange(max(1, len(document) - T + 1))
-        window = document[start:start + T]
-        documents.append(window)
-        drawn[name] += len(window)
-    return documents, drawn
+    weights = {name: source.weight for name, source in sources.items() if source.weight}
+    B = max(1, n_tokens // T)
+    ids = torch.zeros(B, T, dtype=torch.long)                                 # (B, T)
+    segments = torch.zeros(B, T, dtype=torch.long)                            # (B, T)
+    for b in range(B):
+        end = number = 0
+        while end < T:
+            name = min(weights, key=lambda name: drawn[name] / weights[name])
+            train = sources[name].train
+            document = train[rng.randrange(len(train))]
+            first = rng.randrange(max(1, len(document) - T + 1))
+            window = document[first:first + T - end]
+            start, end, number = end, end + len(window), number + 1
+            ids[b, start:end] = window
+            segments[b, start:end] = number
+            drawn[name] += len(window)
+    return ids, segments
 
 
 def windows(documents, T, limit):
@@ -228,6 +225,30 @@ def pack(documents, T):
             segments[b, start:end] = number
             start = end
     return ids, segments
+
+
+def by_length(f, ids, lengths):
+    """Return f(ids): (B, T) -> (B, T, C), without most of the padding.
+
+    If more than a fifth is padding, four groups of rows of similar length take turns, each cut to
+    its longest row. The result is then 0 behind the end of a group.
+    """
+    if lengths.sum() > 0.8 * ids.numel():
+        return f(ids)
+    order = lengths.argsort()
+    parts = []
+    for rows in order.chunk(4):
+        T = int(lengths[rows[-1]])
+        part = f(ids[rows, :T])                                               # (n, T, C)
+        parts.append(F.pad(part, (0, 0, 0, ids.shape[1] - T)))
+    return torch.cat(parts)[order.argsort()]
+
+
+def sorted_batches(lengths, size):
+    """Yield the indices of rows, `size` rows of similar length at a time."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for first in range(0, len(order), size):
+        yield order[first:first + size]
 
 
 def predicted(segments):

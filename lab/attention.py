@@ -40,7 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 from data import corpus
-from data.text import document_odds, draw_documents, pack, read_corpus
+from data.text import draw_rows, read_corpus
 from data.tokenizer import SPECIAL, get_tokenizer
 from lab.cot import print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
@@ -115,15 +115,14 @@ def train(causal, sources, enc, cfg, seed, device):
     torch.manual_seed(seed)
     model = gpt.GPT(gpt.GPTConfig(enc.n_vocab, T, 2, 4, cfg.n_embd)).to(device)
     optimizer = adamw(model, cfg.lr, 0.01)
-    odds = document_odds(sources, T)
+    drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
     rng = random.Random(seed)
     mask_rng = torch.Generator().manual_seed(seed)
     mask_id = mask_token(enc)
     name = "causal" if causal else "bidirectional"
     bar = tqdm(range(cfg.steps), desc=f"{name}, seed {seed}", mininterval=1)
     for step in bar:
-        documents, _ = draw_documents(sources, odds, cfg.batch_tokens, T, rng)
-        ids, segments = pack(documents, T)                                     # (B, T) each
+        ids, segments = draw_rows(sources, drawn, cfg.batch_tokens, T, rng)    # (B, T) each
         if causal:
             loss = gpt.lm_loss(model, ids.to(device), segments.to(device))
         else:
@@ -160,9 +159,9 @@ def draw_gaps(sources, enc, n, rng):
     gaps = []
     candidates = set()
     names = list(sources)
-    odds = document_odds(sources, T)
+    weights = [source.weight for source in sources.values()]
     while len(gaps) < n:
-        name = rng.choices(names, odds)[0]
+        name = rng.choices(names, weights)[0]
         document = rng.choice(sources[name].val)[:T].tolist()
         words = [t for t, token in enumerate(document) if is_word(enc, token)]
         candidates |= {document[t] for t in words}

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 from data import clean, corpus, junk
-from data.text import Source, draw_documents, pack, pad
+from data.text import Source, draw_rows, pack, pad
 from data.tokenizer import end_of, get_tokenizer
 from lab.cot import mean
 from scaffold.cli import require, run_folder, start
@@ -174,8 +174,7 @@ def train(texts, enc, seed, steps, T=64):
     documents = [torch.tensor(enc.encode_ordinary(text) + [end]) for text in texts]
     sources = {"all": Source(documents, val=[], weight=1.0)}
     for step in range(steps):
-        drawn, _ = draw_documents(sources, [1], 512, T, rng)
-        ids, segments = pack(drawn, T)                                        # (B, T) each
+        ids, segments = draw_rows(sources, {"all": 0}, 512, T, rng)           # (B, T) each
         loss = gpt.lm_loss(model, ids, segments)
         take_step(loss, optimizer, model, lr_at(step, steps, 4e-3))
     return model.eval()

@@ -625,12 +625,13 @@ def test_padding_of_a_rollout_reaches_no_real_token(models):
     """A row gives the same numbers alone and with the padding that a longer row would need."""
     b = ppo.rollout(models.policy, *models, prompt_ids()[:1], END, CFG, seed=3)
     n = b.lengths[0] - 1
+    first = len(prompt_ids()[0]) - 1
     padded = torch.cat([b.ids, torch.full((1, 30), END)], 1)
     logprobs = gpt.token_logprobs(models.policy, padded)
     ref_logprobs = gpt.token_logprobs(models.reference, padded)
     values = models.value_model(padded)
-    torch.testing.assert_close(logprobs[0, :n], b.logprobs[0, :n])
-    torch.testing.assert_close(ref_logprobs[0, :n], b.ref_logprobs[0, :n])
+    torch.testing.assert_close(logprobs[0, first:n], b.logprobs[0, first:n])
+    torch.testing.assert_close(ref_logprobs[0, first:n], b.ref_logprobs[0, first:n])
     torch.testing.assert_close(values[0, :n], b.values[0, :n])
 
 
@@ -1101,9 +1102,9 @@ def test_a_first_ratio_other_than_1_gives_a_warning(train, monkeypatch, capsys):
     """Such as from dropout in the update and none in the rollout."""
     token_logprobs = gpt.token_logprobs
 
-    def shifted_in_the_update(model, ids, temperature=1.0):
+    def shifted_in_the_update(model, ids, mask):
         shift = 0.2 if torch.is_grad_enabled() else 0.0
-        return token_logprobs(model, ids, temperature) + shift
+        return token_logprobs(model, ids, mask=mask) + shift * mask
 
     monkeypatch.setattr(gpt, "token_logprobs", shifted_in_the_update)
     train(updates=2)

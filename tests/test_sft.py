@@ -216,6 +216,16 @@ def test_prompt_and_padding_are_not_learned():
     assert sft.response_loss(changed, ids, mask).item() == loss.item()
 
 
+def test_the_loss_of_training_is_the_same_without_logits_of_the_prompt():
+    model = random_gpt()
+    ids, mask = sft.collate(random_examples(20), range(20))
+    losses = [sft.response_loss(model(ids), ids, mask), sft.chat_loss(model, ids, mask)]
+    torch.testing.assert_close(losses[1], losses[0])
+    slow, fast = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    torch.testing.assert_close(fast, slow)
+    assert sft.chat_loss(model, ids, torch.zeros_like(mask)).item() == 0
+
+
 def test_a_batch_without_responses_has_loss_0():
     zeros = torch.zeros(2, 3, dtype=torch.long)
     assert sft.response_loss(torch.randn(2, 3, 50), zeros, zeros).item() == 0

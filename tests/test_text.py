@@ -9,10 +9,11 @@ import torch
 from data.text import (
     Source,
     batches,
-    document_odds,
-    draw_documents,
+    by_length,
+    draw_rows,
     pack,
     read_corpus,
+    sorted_batches,
     split_documents,
     windows,
     write_text,
@@ -177,16 +178,20 @@ def test_a_write_that_fails_keeps_the_old_text(tmp_path):
 # Drawing
 
 
-def draw(sources, n=150_000, T=32):
-    """Draw documents of n tokens -> {source: share of the tokens}, documents."""
-    rng = random.Random(0)
-    documents, drawn = draw_documents(sources, document_odds(sources, T), n, T, rng)
-    total = sum(map(len, documents))
-    assert n <= total
-    assert total < n + T
-    assert sum(drawn.values()) == total
-    assert max(map(len, documents)) <= T
-    return {name: tokens / total for name, tokens in drawn.items()}, documents
+def draw(sources, n=4000, T=32):
+    """Draw n rows -> {source: share of the tokens}, windows: the 1-D tensors of all segments."""
+    drawn = dict.fromkeys(sources, 0)
+    ids, segments = draw_rows(sources, drawn, n * T + T // 2, T, random.Random(0))
+    assert ids.shape == segments.shape == (n, T)
+    assert ids.dtype == segments.dtype == torch.long
+    assert sum(drawn.values()) == n * T
+    pieces = []
+    for row, numbers in zip(ids, segments):
+        counts = numbers.bincount()
+        assert counts[0] == 0, "no slot is padding"
+        assert (numbers.diff() >= 0).all()
+        pieces += row.split(counts[1:].tolist())
+    return {name: tokens / (n * T) for name, tokens in drawn.items()}, pieces
 
 
 def test_token_shares_follow_the_weights_whatever_the_lengths():
@@ -197,37 +202,80 @@ def test_token_shares_follow_the_weights_whatever_the_lengths():
         "book": Source([torch.full((3000,), 3)], val=[], weight=1.0),
         "never": Source([torch.full((9,), 4)], val=[], weight=0.0),
     }
-    shares, documents = draw(sources)
-    want = {"short": 0.6, "long": 0.3, "book": 0.1, "never": 0}
-    assert shares == pytest.approx(want, abs=0.01)
-    # The returned numbers of tokens are those that were drawn.
-    counts = torch.cat(documents).bincount(minlength=5) / sum(map(len, documents))
-    assert_close(counts[1:].double(), torch.tensor(list(shares.values())).double(), 1e-6)
+    for n in (4, 4000):
+        shares, pieces = draw(sources, n)
+        want = {"short": 0.6, "long": 0.3, "book": 0.1, "never": 0}
+        assert shares == pytest.approx(want, abs=30 / (n * 32))
+        # The numbers in `drawn` are those of the rows.
+        counts = torch.cat(pieces).bincount(minlength=5) / (n * 32)
+        assert_close(counts[1:].double(), torch.tensor(list(shares.values())).double(), 1e-6)
 
 
-def test_token_shares_do_not_depend_on_the_order_of_a_file():
-    short = [torch.zeros(4)] * 1000
-    long = [torch.zeros(30)] * 1000
-    sources = {
-        "sorted": Source(short + long, val=[], weight=1.0),
-        "even": Source([torch.zeros(17)] * 9, val=[], weight=1.0),
-    }
-    assert draw(sources)[0] == pytest.approx({"sorted": 0.5, "even": 0.5}, abs=0.02)
+def test_token_shares_go_on_from_those_before():
+    a = Source([torch.full((8,), 1)], val=[], weight=1.0)
+    b = Source([torch.full((8,), 2)], val=[], weight=1.0)
+    drawn = {"a": 160, "b": 0}
+    ids, _ = draw_rows({"a": a, "b": b}, drawn, 160, 32, random.Random(0))
+    assert (ids == 2).all()
+    assert drawn == {"a": 160, "b": 160}
 
 
-def test_a_window_of_a_long_document_reaches_both_ends():
+def test_a_window_is_the_beginning_of_a_document_or_any_part_of_a_long_one():
     documents = [torch.arange(100, 140), torch.arange(7)]
-    sources = {"a": Source(documents, val=[], weight=1.0)}
-    odds = document_odds(sources, 32)
-    drawn, _ = draw_documents(sources, odds, 5000, 32, random.Random(0))
+    _, pieces = draw({"a": Source(documents, val=[], weight=1.0)})
     starts = set()
-    for ids in (d.tolist() for d in drawn):
-        assert ids in (list(range(7)), list(range(ids[0], ids[0] + 32)))
+    ends = set()
+    for ids in map(torch.Tensor.tolist, pieces):
+        assert ids == list(range(ids[0], ids[0] + len(ids)))
         starts.add(ids[0])
+        ends.add(ids[-1])
     assert starts == {0} | set(range(100, 109))
+    assert ends >= {6, 139}
+
+
+def test_the_cut_at_the_end_of_a_row_favours_no_continuation():
+    """Half of the documents end after four tokens, the others go on: so it is in the rows."""
+    short = torch.tensor([1, 1, 1, 1, 9])
+    long = torch.tensor([1, 1, 1, 1] + [2] * 20)
+    _, pieces = draw({"a": Source([short, long], val=[], weight=1.0)}, n=8000)
+    fifth = [ids[4].item() for ids in pieces if len(ids) > 4]
+    assert fifth.count(9) / len(fifth) == pytest.approx(0.5, abs=0.02)
 
 
 # Packing and batches
+
+
+@pytest.mark.parametrize("lengths", [[7, 2, 9, 4, 4, 8, 1], [9, 9, 8, 9, 7, 9, 9], [1, 1, 9]])
+def test_by_length_gives_the_numbers_of_one_call_and_their_gradient(lengths):
+    torch.manual_seed(0)
+    ids = torch.randint(50, (len(lengths), 9))
+    inside = (torch.arange(9) < torch.tensor(lengths)[:, None])[..., None]    # (B, 9, 1)
+    table = torch.randn(50, 3, requires_grad=True)
+    calls = []
+
+    def f(ids):
+        calls.append(ids.numel())
+        return table[ids].cumsum(1)
+
+    got = by_length(f, ids, torch.tensor(lengths))
+    assert got.shape == (len(lengths), 9, 3)
+    padding = 1 - sum(lengths) / ids.numel()
+    if padding < 0.2:
+        assert calls == [ids.numel()]
+    else:
+        assert sum(calls) < 0.8 * ids.numel()
+    want = f(ids)
+    torch.testing.assert_close(got * inside, want * inside)
+    wanted = torch.autograd.grad((want * inside).sum(), table)[0]
+    torch.testing.assert_close(torch.autograd.grad((got * inside).sum(), table)[0], wanted)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_sorted_batches_have_each_row_once_in_the_order_of_length(size):
+    lengths = [5, 3, 9, 3, 5, 1, 3]
+    rows = list(sorted_batches(lengths, size))
+    assert sum(rows, []) == [5, 1, 3, 6, 0, 4, 2]
+    assert all(len(batch) == size for batch in rows[:-1])
 
 
 def test_pack_loses_nothing_and_keeps_the_order():
