@@ -264,15 +264,14 @@ def main(cfg):
     if not prompts:
         raise UserError(f"{cfg.prompts}: no prompt fits the context; lower --max-new-tokens")
     gold = load_grader(cfg.gold, prompts)
+    state = {"beta": cfg.beta, "warned": {}}
     if cfg.ptx:
-        T = policy.config.block_size
-        sources = checkpoint_text(out / "gpt.pt", enc, T, cfg.text)
-        drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
+        sources = checkpoint_text(out / "gpt.pt", enc, policy.config.block_size, cfg.text)
+        state["drawn"] = dict.fromkeys(sources, 0)   # tokens of each source so far
     policy_optimizer = adamw(policy, cfg.lr)
     value_optimizer = adamw(value_model, cfg.lr)
     rng = random.Random(cfg.seed)
     order = []   # prompts left in this pass
-    state = {"beta": cfg.beta, "warned": {}}
     run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy,
               value=value_model, policy_optimizer=policy_optimizer,
               value_optimizer=value_optimizer, rng=rng, order=order, state=state)
@@ -286,7 +285,9 @@ def main(cfg):
         rewards = kl_rewards(b.scores, b.logprobs, b.ref_logprobs, b.mask, state["beta"])
         advantages, returns = gae.gae(rewards, b.values, b.mask, cfg.gamma, cfg.lam)   # (B, T-1)
         advantages = gae.whiten(advantages, b.mask)   # V's targets, the returns, stay unwhitened
-        lr = lr_at(update, cfg.updates, cfg.lr, "linear")
+        value_lr = lr_at(update, cfg.updates, cfg.lr, "linear")
+        turn = max(0, update - cfg.value_warmup)   # the policy starts later, with its own warmup
+        lr = lr_at(turn, cfg.updates - cfg.value_warmup, cfg.lr, "linear")
         stats = []
         for rows in minibatches(len(batch), cfg, rng, device):
             pg_loss, vf_loss, stat = losses(policy, value_model, b, advantages, returns,
@@ -296,9 +297,9 @@ def main(cfg):
             stat["norm"] = 0.0
             if update >= cfg.value_warmup:
                 if cfg.ptx:
-                    pg_loss = pg_loss + cfg.ptx * ptx_loss(policy, sources, drawn, cfg, rng)
+                    pg_loss += cfg.ptx * ptx_loss(policy, sources, state["drawn"], cfg, rng)
                 stat["norm"] = run.take_step(pg_loss, policy_optimizer, policy, lr, rows, "row")
-            run.take_step(vf_loss, value_optimizer, value_model, lr, rows, "row")   # of the rollout
+            run.take_step(vf_loss, value_optimizer, value_model, value_lr, rows, "row")
             stats.append(stat)
         row = ppo_metrics(b, returns, stats, state["beta"], lr, update)
         if gold:

@@ -56,8 +56,8 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def muon_step(self, p, lr, weight_decay, momentum=0.95):
-        if p not in self.state:
-            self.state[p]["momentum"] = torch.zeros_like(p)
+        if p not in self.state:   # "step": load_state_dict of AdamW expects it
+            self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
         M = self.state[p]["momentum"]
         M.mul_(momentum).add_(p.grad)
         step = orthogonalize(p.grad + momentum * M)
