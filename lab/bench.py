@@ -1,25 +1,15 @@
 """Speed beside peers: the same work in our code and in a peer's, in turn, on one machine.
 
     row           peer                         measured
-    machine       a bare matrix product        model FLOP/s of our pretraining step, and its share
+    machine       a bare matrix product        FLOP/s of our pretraining step, and its share
     pretraining   nanoGPT's train.py           CPU seconds of the whole command; the loss it reaches
     generation    transformers' generate       new tokens per CPU second, from equal weights
     ppo           TRL's experimental.ppo       episodes per CPU second, after the first update
 
-Each round measures ours, then the peer; the table has the medians. CPU seconds add up all threads
-and leave out waiting. A ratio above 1 means that ours is faster, except for the machine.
+The table has medians over rounds. CPU seconds add up all threads and leave out waiting. A ratio
+above 1 means that ours is faster. For the machine, it is our share of the product's FLOP/s.
 
-machine: with N = 12 L C^2 + V C parameters in matrix products, a training step on B rows of T
-tokens has 6 N B T FLOPs in products and 12 L C T B T in attention, without the saving of causality
-(Chowdhery et al., 2204.02311, appendix B). The ratio is the share of what 1024 x 1024 matrices do.
-
-pretraining: nanoGPT's command for a CPU, from its README, 2,000 steps of 768 characters; ours has
-the same sizes and tokens per step. Start-up and evaluation count on both sides. Both models then
-predict the last tenth of the text in the same windows of 64, so the losses compare. The losses
-printed in training do not: nanoGPT samples a few windows, and gpt.py reads the first 40,000
-characters, of each window without the first. nanoGPT has one seed; ours has one per round, and the
-note has the worst loss.
-
+pretraining: ours takes fewer steps than nanoGPT; lab/bench_nanogpt.py has the details.
 generation: 24 + 48 tokens, a vocabulary of 1,024, the full softmax, a KV cache; no row ends early.
 ppo: 128 episodes of 24 + 24 tokens, 4 epochs of 2 minibatches, 4 layers x 128, no pretraining loss.
 TRL runs in fp32 and without gradient checkpointing.
@@ -31,14 +21,11 @@ TRL runs in fp32 and without gradient checkpointing.
 Peers: pip install transformers trl==1.12.0 requests. Read next: results/README.md.
 """
 import contextlib
-import importlib.util
+import importlib
 import json
-import os
 import random
 import resource
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -54,10 +41,11 @@ import gpt
 import ppo
 import reward
 from data import bpe
-from data.text import read_text, write_text
-from scaffold.cli import UserError, brief, choose, pick_device, require, start
-from scaffold.optim import adamw, autocast
-from scaffold.run import load_checkpoint, set_seed, take_step
+from data.text import write_text
+from lab import bench_nanogpt
+from scaffold.cli import choose, pick_device, require, start
+from scaffold.optim import adamw, autocast, muon
+from scaffold.run import set_seed, take_step
 from scaffold.table import format_table
 
 
@@ -68,7 +56,9 @@ class Config:
     threads: int = 1             # CPU threads of each side
     text: str = ""               # tinyshakespeare or another ASCII text, for pretraining
     nanogpt: str = ""            # a clone of github.com/karpathy/nanoGPT; it stays as it is
-    pretrain_steps: int = 700    # our steps; more steps reach a lower loss
+    pretrain_steps: int = 600    # our steps; more steps reach a lower loss
+    pretrain_tokens: int = 768   # tokens per step of ours; nanoGPT has 768
+    pretrain_lr: float = 1e-2    # our peak learning rate; gpt.py has 6e-3, for longer runs
     device: str = "cpu"          # cpu measures CPU seconds, cuda wall seconds
     peak_tflops: float = 0.0     # of the GPU in bf16, for the MFU: H100 989, A100 312
     json: bool = False           # print one JSON object a row instead of a table
@@ -82,9 +72,6 @@ GENERATION = [(SMALL, 128), (SMALL, 8), (LARGER, 32)]   # sizes, batch
 VOCAB = 1024
 PROMPT = 24             # tokens
 NEW = 48
-PRETRAINING = dict(block_size=64, **SMALL)
-ROWS = 12               # of 64 characters, per step
-PEER_STEPS = 2000
 PPO = ppo.Config(max_new_tokens=24, rollout_size=128, epochs=4, minibatches=2)
 UPDATES = 2             # that are measured, after one that is not
 NO_END = -1             # an end token that is never sampled
@@ -152,9 +139,12 @@ def to_transformers(cls, model, **settings):
 
 
 def training_flops(config, B, T):
-    """Return the model FLOPs of forward and backward on (B, T) tokens."""
+    """Return the model FLOPs of forward and backward on (B, T) tokens.
+
+    Causality saves none, and the optimizer's do not count (2204.02311, appendix B).
+    """
     L, C = config.n_layer, config.n_embd
-    N = 12 * L * C * C + config.vocab_size * C
+    N = 12 * L * C * C + config.vocab_size * C   # parameters in matrix products
     return (6 * N + 12 * L * C * T) * B * T
 
 
@@ -162,7 +152,7 @@ def train_rate(config, B, device):
     """Return a function that measures the model FLOP/s of ten pretraining steps on random ids."""
     T = config.block_size
     model = gpt.GPT(config).to(device)
-    optimizer = adamw(model, 1e-4)
+    optimizer = muon(model, 1e-4)
     ids = torch.randint(config.vocab_size, (B, T), device=device)             # (B, T)
 
     def train():
@@ -182,8 +172,9 @@ def machine(cfg):
         used = seconds(lambda: [a @ b for _ in range(repeats)])
         return 2 * n * k * m * repeats / used / 1e9
 
-    config = gpt.GPTConfig(len(bpe.BYTES) + len(bpe.SPECIAL), **PRETRAINING)
-    rate = train_rate(config, ROWS, torch.device("cpu"))
+    config = gpt.GPTConfig(len(bpe.BYTES) + len(bpe.SPECIAL), **bench_nanogpt.SIZES)
+    B = max(1, cfg.pretrain_tokens // config.block_size)
+    rate = train_rate(config, B, torch.device("cpu"))
     layer = statistics.median(product(512, 128, 512, 200) for _ in range(cfg.rounds))
     return row(cfg, "machine: pretraining step", "GFLOP/s",
                [lambda n: rate(n) / 1e9, lambda n: product(1024, 1024, 1024, 10)],
@@ -202,84 +193,16 @@ def gpt2(cfg, device):
     return result
 
 
-def run_python(command, cfg, folder):
-    """Run a Python script in a folder. Raises UserError with its last line if it fails."""
-    env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=env,
-                          capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{command[0]} failed: {brief(reason)}")
-
-
-@torch.no_grad()
-def text_loss(logits_of, ids):
-    """Return the nats per token of a list of ids, in windows of T inputs and T targets."""
-    T = PRETRAINING["block_size"]
-    n = (len(ids) - 1) // T * T
-    x = torch.tensor(ids[:n]).view(-1, T)                                     # (windows, T)
-    y = torch.tensor(ids[1:n + 1]).view(-1, T)
-    losses = [torch.nn.functional.cross_entropy(logits_of(x).mT, y, reduction="sum").item()
-              for x, y in zip(x.split(64), y.split(64))]
-    return sum(losses) / n
-
-
-def nanogpt_loss(folder, text, characters):
-    """Return the loss of the checkpoint in a clone; characters are those of the whole text."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    state = load_checkpoint(folder / "out/ckpt.pt")
-    model = module.GPT(module.GPTConfig(**state["model_args"])).eval()
-    model.load_state_dict(state["model"])
-    number = {c: i for i, c in enumerate(characters)}
-    # Without targets, nanoGPT's model returns the last logits only.
-    return text_loss(lambda x: model(x, x)[0], [number[c] for c in text])
-
-
 def pretraining(cfg):
     """Run gpt.py and nanoGPT, and compare the losses of their models."""
-    text = read_text(cfg.text)
-    rest = text[int(0.9 * len(text)):]
-    sizes = [f"--{name}={size}" for name, size in PRETRAINING.items()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        clone = folder / "nanoGPT"
-        write_text(folder / "text.txt", text)
-        bpe.save(folder / "bytes.json", [])   # no merges: a byte is a token
-
-        def ours(n):
-            command = [Path(gpt.__file__), *(size.replace("_", "-") for size in sizes),
-                       "--data=text.txt", "--tokenizer", folder / "bytes.json",
-                       "--val-fraction=0.1",
-                       f"--batch-tokens={ROWS * PRETRAINING['block_size']}", "--device=cpu",
-                       f"--steps={cfg.pretrain_steps}", f"--eval-every={cfg.pretrain_steps}",
-                       f"--seed={cfg.seed + n}", f"--out={n}"]
-            return seconds(lambda: run_python(command, cfg, folder))
-
-        def theirs(n):
-            command = ["train.py", "config/train_shakespeare_char.py", "--device=cpu", *sizes,
-                       "--compile=False", "--eval_iters=20", "--log_interval=1", "--dropout=0.0",
-                       f"--batch_size={ROWS}", f"--max_iters={PEER_STEPS}",
-                       f"--lr_decay_iters={PEER_STEPS}", "--out_dir=out"]
-            return seconds(lambda: run_python(command, cfg, clone))
-
+        bench_nanogpt.prepare(cfg, folder)
+        functions = [lambda n: seconds(lambda: bench_nanogpt.train_ours(cfg, folder, n))]
         if cfg.nanogpt:
-            shutil.copytree(cfg.nanogpt, clone, ignore=shutil.ignore_patterns(".git", "*.bin"))
-            write_text(clone / "data/shakespeare_char/input.txt", text)
-            run_python(["data/shakespeare_char/prepare.py"], cfg, clone)
-        else:
-            print("without nanoGPT, ours runs alone; get it with: git clone "
-                  "https://github.com/karpathy/nanoGPT, and add --nanogpt nanoGPT", file=sys.stderr)
-        functions = [ours, theirs] if cfg.nanogpt else [ours]
+            functions.append(lambda n: seconds(lambda: bench_nanogpt.train_theirs(cfg, folder)))
         result = row(cfg, "pretraining", "CPU s", functions, "nanoGPT", reverse=True)
-        losses = []
-        for n in range(cfg.rounds):
-            model, enc, _ = gpt.load_model(folder / f"{n}/gpt.pt")
-            losses.append(text_loss(model, enc.encode_ordinary(rest)))
-        result.note = f"loss {max(losses):.4f} after {cfg.pretrain_steps} steps"
-        if cfg.nanogpt:
-            result.note += f", theirs {nanogpt_loss(clone, rest, sorted(set(text))):.4f}"
+        result.note = bench_nanogpt.losses(cfg, folder)
     return result
 
 
@@ -371,20 +294,14 @@ def ppo_updates(cfg):
 
 
 def check(cfg):
-    require(cfg, 1, "rounds", "threads", "pretrain_steps")
-    require(cfg, 0, "peak_tflops")
+    require(cfg, 1, "rounds", "threads", "pretrain_steps", "pretrain_tokens")
+    require(cfg, 0, "peak_tflops", "pretrain_lr")
     choose(cfg, "device", "cpu", "cuda")
     choose(cfg, "only", "", "machine", "pretraining", "generation", "ppo")
     if cfg.device == "cuda":
         choose(cfg, "only", "", "generation", "pretraining")
     elif cfg.only in ("", "pretraining"):
-        if not cfg.text:
-            raise UserError("pretraining needs --text tinyshakespeare.txt; without it, choose "
-                            "--only machine, generation or ppo")
-        if not read_text(cfg.text).isascii():   # gpt.py would predict several bytes a character
-            raise UserError(f"{cfg.text}: not ASCII; a character must be one byte here")
-        if cfg.nanogpt and not Path(cfg.nanogpt, "train.py").is_file():
-            raise UserError(f"--nanogpt {cfg.nanogpt}: no train.py there; name a clone of nanoGPT")
+        bench_nanogpt.check(cfg)
 
 
 def main(cfg):

@@ -1,4 +1,4 @@
-"""lab/bench.py: who runs when, what is counted, and what happens without a peer."""
+"""lab/bench.py with lab/bench_nanogpt.py: who runs when, what is counted, life without a peer."""
 import json
 import math
 import subprocess
@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
-from lab import bench
-from scaffold.cli import UserError
+from lab import bench, bench_nanogpt
+from scaffold.cli import UserError, parse
 from tiny import ROOT, random_gpt
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def tiny(monkeypatch):
     sizes = dict(n_layer=1, n_head=2, n_embd=8)
     monkeypatch.setattr(bench, "SMALL", sizes)
     monkeypatch.setattr(bench, "GENERATION", [(sizes, 2), (sizes, 3)])
-    monkeypatch.setattr(bench, "PRETRAINING", dict(block_size=16, **sizes))
+    monkeypatch.setattr(bench_nanogpt, "SIZES", dict(block_size=16, **sizes))
     monkeypatch.setattr(bench, "PPO", replace(bench.PPO, max_new_tokens=4, rollout_size=6))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
@@ -86,9 +86,10 @@ def test_training_flops_are_those_that_torch_counts(T):
 
 
 def test_text_loss_predicts_every_character_of_the_windows_once():
-    T = bench.PRETRAINING["block_size"]
+    T = bench_nanogpt.SIZES["block_size"]
     ids = [i % 50 for i in range(3 * T + 10)]
-    assert bench.text_loss(lambda x: torch.zeros(*x.shape, 50), ids) == pytest.approx(math.log(50))
+    even = bench_nanogpt.text_loss(lambda x: torch.zeros(*x.shape, 50), ids)
+    assert even == pytest.approx(math.log(50))
 
     def knows(x):
         """Put e^5 times the odds on the token that follows; guess evenly after 7."""
@@ -98,7 +99,7 @@ def test_text_loss_predicts_every_character_of_the_windows_once():
     sevens = sum(i == 7 for i in ids[:3 * T])
     sure = math.log(math.exp(5) + 49) - 5
     expected = (sevens * math.log(50) + (3 * T - sevens) * sure) / (3 * T)
-    assert bench.text_loss(knows, ids) == pytest.approx(expected, rel=1e-5)
+    assert bench_nanogpt.text_loss(knows, ids) == pytest.approx(expected, rel=1e-5)
 
 
 def test_machine_is_the_share_of_a_matrix_product(tiny):
@@ -198,27 +199,40 @@ def test_pretraining_compares_both_losses_and_leaves_the_clone_alone(tiny, tmp_p
     clone = make_clone(tmp_path / "nanoGPT")
     before = sorted(tmp_path.rglob("*"))
     text = make_text(tmp_path / "text.txt")
-    row = bench.pretraining(bench.Config(rounds=1, pretrain_steps=2, text=str(text),
-                                         nanogpt=str(clone)))
+    row = bench.pretraining(bench.Config(rounds=1, pretrain_steps=2, pretrain_lr=0.0,
+                                         text=str(text), nanogpt=str(clone)))
     assert sorted(tmp_path.rglob("*")) == sorted([*before, text])
     assert row.ratio == row.theirs / row.ours
     ours, theirs = row.note.split(", ")
     assert theirs == f"theirs {math.log(4):.4f}"
     assert ours.endswith(" after 2 steps")
-    # After two steps, the model knows no more than that there are 261 tokens.
+    # At learning rate 0, the model knows no more than that there are 261 tokens.
     assert float(ours.split()[1]) == pytest.approx(math.log(261), abs=0.3)
+
+
+def test_our_pretraining_gets_its_settings_and_the_seed_of_the_round(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(bench_nanogpt, "run_python", lambda *args: commands.append(args[0]))
+    cfg = bench.Config(pretrain_steps=5, pretrain_tokens=640, pretrain_lr=0.5, seed=10)
+    bench_nanogpt.train_ours(cfg, tmp_path, 3)
+    script, *flags = commands[0]
+    ours = parse(gpt.Config, "", flags)
+    assert script == gpt.__file__
+    assert (ours.steps, ours.batch_tokens, ours.lr, ours.seed) == (5, 640, 0.5, 13)
+    assert ours.optimizer == gpt.Config.optimizer
 
 
 def test_a_command_that_fails_is_one_line(tmp_path):
     (tmp_path / "x.py").write_text("raise ValueError('no luck')")
     with pytest.raises(UserError, match="^x.py failed: ValueError: no luck$"):
-        bench.run_python(["x.py"], bench.Config(), tmp_path)
+        bench_nanogpt.run_python(["x.py"], bench.Config(), tmp_path)
 
 
 @pytest.mark.parametrize("settings, message", [
     (dict(only="speed"), "--only speed: choose"),
     (dict(device="mps"), "--device mps: choose cpu or cuda"),
     (dict(rounds=0), "--rounds 0: must be at least 1"),
+    (dict(pretrain_tokens=0), "--pretrain-tokens 0: must be at least 1"),
     (dict(device="cuda", only="ppo"), "--only ppo: choose"),
     (dict(), "pretraining needs --text"),
     (dict(text="missing.txt"), "missing.txt: No such file"),
