@@ -402,7 +402,7 @@ def long_base(cfg):
     if not path.exists():
         village_tasks.ensure(out / "data", cfg.seed)
     ensure_stage(path, gpt, cfg, init=str(out / "gpt.pt"), data=str(out / "data" / "pages"),
-                 block_size=320, steps=6000)
+                 block_size=320, steps=1250)
     return path
 
 

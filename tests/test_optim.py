@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from scaffold import optim
 from scaffold.optim import adamw, lr_at, muon, orthogonalize
 from tiny import assert_close, random_gpt
 
@@ -62,19 +63,23 @@ def test_adamw_by_hand():
         assert got == pytest.approx([w["x"] for w in want], abs=1e-9)
 
 
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-4), (True, 0.05)])
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (24, 24), (1, 7)])
-def test_orthogonalize_keeps_the_directions_and_evens_out_the_sizes(shape):
+def test_orthogonalize_keeps_the_directions_and_evens_out_the_sizes(
+    shape, bf16, tolerance, monkeypatch
+):
+    monkeypatch.setattr(optim, "BF16_CPU", bf16)
     torch.manual_seed(0)
     M = torch.randn(shape) * torch.logspace(0, -2, shape[1])   # some directions are large
     U, S, V = torch.linalg.svd(M, full_matrices=False)
     assert len(S) == 1 or S[0] / S[-1] > 2
     step = orthogonalize(M)
     inside = U.T @ step @ V.T                                                 # nearly diagonal
-    assert_close(inside, inside.diag().diag(), 1e-4)
+    assert_close(inside, inside.diag().diag(), tolerance)
     large = inside.diag()[S > 0.01 * S[0]]
     assert ((0.6 < large) & (large < 1.3)).all()
-    assert (inside.diag() > 0).all()
-    assert_close(orthogonalize(1000 * M), step, 1e-4)   # its size does not matter
+    assert (inside.diag() > -tolerance).all()
+    assert_close(orthogonalize(1000 * M), step, tolerance)   # its size does not matter
     assert not orthogonalize(torch.zeros(shape)).any()
 
 
@@ -168,4 +173,4 @@ def test_muon_agrees_with_that_of_pytorch():
     names = [name for name in ours if name.startswith("h.") and ours[name].dim() > 1]
     for name, p, before in zip(names, matrices, start):
         moved = (p - before).norm()
-        assert (ours[name] - p).norm() < 0.03 * moved, name
+        assert (ours[name] - p).norm() < 0.05 * moved, name
