@@ -19,7 +19,7 @@ a last LayerNorm, and logits from the token embedding (tied weights).
 2.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: data/text.py reads and packs text,
 data/tokenizer.py encodes it, scaffold/ holds flags, optimizer and checkpoints.
 
-Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary, S cache slots, N some tokens.
+Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary, S cache slots, N tokens.
 `logits[:, t]` predicts `ids[:, t+1]`. Padding is on the right, so that real tokens never see it.
 """
 import math
@@ -55,7 +55,7 @@ class Config(RunConfig):
     steps: int = 1200            # optimizer steps; usually about 1 epoch of the text
     batch_tokens: int = 2048     # tokens per step, in rows of block_size
     optimizer: str = "muon"      # muon (needs fewer tokens) or adamw; see scaffold/optim.py
-    lr: float = 6e-3             # peak learning rate; with adamw 2e-3 below 1M parameters
+    lr: float = 6e-3             # peak; 1e-3 from other weights or above 100M; adamw: a third
     schedule: str = "cosine"     # cosine (down to 0) or constant; both after a short warmup
     weight_decay: float = 0.01   # on matrices only
     val_fraction: float = 0.05   # share of each source kept for validation, from its end
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if cache is not None and T == 1:
             y = cache.attend(layer, q, qkv[1:])                               # (B, H, 1, D)
         else:
-            if cache is not None:   # its first fill: q and k cover the same tokens
+            if cache is not None:   # the prefill: q and k cover the same tokens
                 cache.kv[layer, :, :, :, :T] = qkv[1:]
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -155,8 +155,8 @@ class GPT(nn.Module):
         """Map token ids (B, T) to the states after the last LayerNorm (B, T, C).
 
         segments (B, T) numbers the documents of a packed row: each starts at position 0 and attends
-        only to itself. lengths (B,): how many states of a row are needed; fewer take less time.
-        Raises UserError if T exceeds the context.
+        only to itself. lengths (B,), without a cache: how many states each row needs; the others
+        are not computed. Raises UserError if T exceeds the context.
         """
         if lengths is not None:
             return by_length(self.hidden, ids, lengths)
@@ -219,7 +219,7 @@ class KVCache:
         self.fill([0] * B)
 
     def open_slots(self):
-        """Choose the slot of one new token per row, and mask those after it -> positions (B, 1)."""
+        """Pick a slot for each row's new token, mask those after it; return positions (B, 1)."""
         if self.longest == self.kv.shape[4]:   # attention reads all S slots: add only a few
             self.kv = F.pad(self.kv, (0, 0, 0, 16))
         _, _, B, H, S, _ = self.kv.shape
@@ -231,7 +231,7 @@ class KVCache:
         return self.lengths[:, None]
 
     def attend(self, layer, q, kv):
-        """Store kv (2, B, H, 1, D) of one new token per row, and attend from q to all up to it.
+        """Store kv (2, B, H, 1, D) of each row's new token; let q attend to it and those before.
 
         q and the result are (B, H, 1, D). For one query, two products beat the fused kernel.
         """
@@ -301,8 +301,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     cache = KVCache(model, *ids.shape)
     states = model.hidden(ids, cache)                                         # (P, T, C)
     cache.fill([len(p) for p in unique])
-    rows = torch.tensor([unique[tuple(p)] for p in prompts], device=device)   # equal prompts share
-    cache.keep(rows)                                                          # their prefill
+    rows = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
+    cache.keep(rows)   # equal prompts share their prefill
     states = states[rows, cache.lengths - 1]   # (B, C), at the last real token of each row
     new = [[] for _ in prompts]
     limits = [min(max_new_tokens, block_size - len(p)) for p in prompts]
@@ -329,7 +329,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
 def token_logprobs(model, ids, temperature=1.0, mask=None):
     """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T) -> (B, T-1).
 
-    With a mask (B, T-1), only where it is 1, and 0 elsewhere: a prompt needs no logits.
+    With a mask (B, T-1), compute it only where the mask is 1, and return 0 elsewhere.
     """
     mask = torch.ones_like(ids[:, 1:]).bool() if mask is None else mask.bool()
     last = torch.arange(1, ids.shape[1], device=ids.device) * mask            # (B, T-1)
@@ -363,7 +363,7 @@ def lm_loss(model, ids, segments, reduction="mean"):
 
 @torch.no_grad()
 def val_loss(model, sources, enc, device, limit=40_000):
-    """Return (nats per token, weighted by source; bits per byte) on `limit` tokens a source."""
+    """Return (nats per token, weighted by source; bits per byte) on `limit` tokens per source."""
     was_training, T = model.training, model.config.block_size
     model.eval()
     n_bytes = torch.tensor([float(len(b)) for b in token_bytes(enc)])         # (V,)

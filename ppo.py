@@ -166,7 +166,7 @@ def rollout(sampler, policy, reference, reward_model, value_model, prompts, end,
     lengths = starts + torch.tensor([len(r) for r in responses], device=device)   # (B,)
     ended = torch.tensor([r[-1] == end for r in responses], device=device)
     mask = response_mask(starts, lengths, ids.shape[1])                       # (B, T-1)
-    # The same forward pass at temperature 1 as in the loss, so the first ratio is exactly 1.
+    # The same forward pass at temperature 1 as in the loss, so the first ratio is 1.
     logprobs = gpt.token_logprobs(policy, ids, mask=mask)                     # (B, T-1)
     ref_logprobs = gpt.token_logprobs(reference, ids, mask=mask)
     return Rollout(

@@ -69,7 +69,7 @@ class RewardModel(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, ids, lengths=None):
-        """Score the text up to each token: (B, T) -> (B, T), fp32; lengths (B,) save time."""
+        """Score the text up to each token: (B, T) -> (B, T), fp32; lengths (B,) skip padding."""
         raw = self.head(self.body.hidden(ids, lengths=lengths))[..., 0].float()   # (B, T)
         return (raw - self.mean) / self.std
 

@@ -46,7 +46,7 @@ class Config(RunConfig):
     init: str = ""               # the checkpoint to start from; empty: OUT/gpt.pt
     epochs: int = 4              # passes over the data; InstructGPT made 16 and chose by reward
     select: str = "val"          # epoch to keep: val (lowest loss), reward (highest score) or last
-    lr: float = 1e-3             # peak learning rate, cosine to a tenth; half of pretraining's
+    lr: float = 1e-3             # peak learning rate, cosine to a tenth
     batch_tokens: int = 2048     # tokens per step, padding included
     dropout: float = 0.0         # 0.1 to 0.2 delays overfitting with many epochs over few chats
     max_new_tokens: int = 64     # longest response when samples are drawn
@@ -95,7 +95,7 @@ def response_loss(logits, ids, mask):
 
 
 def chat_loss(model, ids, mask):
-    """The same loss from the model, without the logits of the prompt: faster."""
+    """Return response_loss without computing the logits of the prompt."""
     mask = mask[:, 1:]                                                        # (B, T-1)
     return -gpt.token_logprobs(model, ids, mask=mask).sum() / mask.sum().clamp(min=1)
 
@@ -151,10 +151,11 @@ def decode_response(ids, enc):
 def sample_responses(model, enc, chats, max_new_tokens, seed=0, **sampling):
     """Sample a response (a string) to each chat that ends with the user's turn."""
     prompts = [render_prompt(c, enc) for c in chats]
+    seeds = random.Random(seed)
     responses = {}
-    for n, rows in enumerate(sorted_batches([len(p) for p in prompts], 256)):
+    for rows in sorted_batches([len(p) for p in prompts], 256):
         new = gpt.generate(model, [prompts[i] for i in rows], max_new_tokens, stop=end_of(enc),
-                           seed=seed + n, **sampling)
+                           seed=seeds.randrange(2**31), **sampling)
         responses |= zip(rows, new)
     return [decode_response(responses[i], enc) for i in range(len(prompts))]
 
@@ -175,7 +176,6 @@ def val_loss(model, examples, device, batch_tokens=8192):
 def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=lambda **row: None):
     """The training loop alone, without resume, for other scripts. Yields after each epoch."""
     rng = random.Random(seed)
-    device = model.wte.weight.device
     plan = [batches([len(e.ids) for e in examples], batch_tokens, rng) for _ in range(epochs)]
     steps = sum(map(len, plan))
     optimizer = adamw(model, lr, 0.01)
@@ -183,8 +183,8 @@ def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=l
     for epoch, epoch_batches in enumerate(plan, 1):
         model.train()
         for rows in tqdm(epoch_batches, desc=f"{name}, epoch {epoch}", mininterval=1):
-            ids, mask = collate(examples, rows, device)                       # (B, T) each
-            with autocast(device):
+            ids, mask = collate(examples, rows, model.wte.weight.device)      # (B, T) each
+            with autocast(ids.device):
                 loss = chat_loss(model, ids, mask)
             norm = take_step(loss, optimizer, model, lr_at(step, steps, lr),
                              where=f"{name}, step {step}, examples {rows}")

@@ -163,10 +163,10 @@ def checkpoint_text(path, enc, block_size, other=""):
 def draw_rows(sources, drawn, n_tokens, T, rng):
     """Fill rows of T tokens with random documents -> ids, segments (B, T), as `pack` does.
 
-    There are as many rows as fit into n_tokens, but at least one. The last document of a row loses
-    the end that does not fit; one that is longer than T contributes a random window. The next
-    document comes from the source that is furthest behind its weight. drawn: {source: tokens drawn
-    so far}, changed in place.
+    There are as many rows as fit into n_tokens, but at least one. The last document of a row is cut
+    where the row ends; one that is longer than T contributes a random window. The next document
+    comes from the source that is furthest behind its weight. drawn: {source: tokens so far},
+    changed in place.
     """
     weights = {name: source.weight for name, source in sources.items() if source.weight}
     B = max(1, n_tokens // T)
@@ -228,12 +228,12 @@ def pack(documents, T):
 
 
 def by_length(f, ids, lengths):
-    """Return f(ids): (B, T) -> (B, T, C), without most of the padding.
+    """Return f(ids), (B, T) -> (B, T, C), and skip most of the padding.
 
-    If more than a fifth is padding, four groups of rows of similar length take turns, each cut to
-    its longest row. The result is then 0 behind the end of a group.
+    If more than a fifth is padding, f takes four groups of rows of similar length, each cut to its
+    longest row; the result is 0 after the cut.
     """
-    if lengths.sum() > 0.8 * ids.numel():
+    if lengths.sum() >= 0.8 * ids.numel():   # or an empty batch
         return f(ids)
     order = lengths.argsort()
     parts = []

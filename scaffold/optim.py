@@ -18,7 +18,9 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 
 
 def orthogonalize(M, steps=5):
-    """Return about U V' for a matrix M = U S V' (fp32): all its singular values become 0.7 to 1.2.
+    """Return about U V' for a matrix M = U S V' (fp32).
+
+    Singular values that are not tiny become 0.7 to 1.2; those near 0 stay small.
 
     Newton-Schulz iteration: each step maps the singular values s of X to a s + b s^3 + c s^5. The
     coefficients are Jordan's: a is as large as possible, so that small values grow fast. The
@@ -40,15 +42,15 @@ class Muon(torch.optim.AdamW):
     """AdamW, except that the groups with "muon" take orthogonal steps.
 
     A few directions dominate the gradient of a weight matrix, U S V' with a few large values in S.
-    AdamW follows them. Muon steps along U V', in which all directions count the same, so those with
-    small gradients learn as fast (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    They dominate AdamW's step, too. Muon steps along U V', in which all directions count the same,
+    so those with small gradients learn as fast (Jordan et al. 2024, kellerjordan.github.io).
 
         M = momentum * M + G                         G: the gradient
         W = W - lr * 0.2 * sqrt(max(m, n)) * orthogonalize(G + momentum * M)     W: (m, n)
 
     The factor gives the elements of the step a root mean square of 0.2, as AdamW's usually have, so
-    that one lr suits both (Liu et al. 2025, 2502.16982). Embeddings stay with AdamW: a batch holds
-    few of their rows. Larger batches pay: one step costs about as much as 400 tokens of training.
+    that one lr suits both (Liu et al. 2025, 2502.16982). AdamW trains the embeddings, because a
+    batch uses few of their rows. Use large batches: a step costs as much as about 400 tokens.
     """
 
     @torch.no_grad()
@@ -57,11 +59,11 @@ class Muon(torch.optim.AdamW):
             for p in group["params"]:
                 if group["muon"] and p.grad is not None:
                     self.muon_step(p, group["lr"], group["weight_decay"])
-                    p.grad = None   # AdamW passes over it
+                    p.grad = None   # so that AdamW skips it
         super().step()
 
     def muon_step(self, p, lr, weight_decay, momentum=0.95):
-        if p not in self.state:   # "step": load_state_dict of AdamW expects it
+        if p not in self.state:   # AdamW.load_state_dict expects "step"
             self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
         M = self.state[p]["momentum"]
         M.mul_(momentum).add_(p.grad)
@@ -71,7 +73,7 @@ class Muon(torch.optim.AdamW):
 
 
 def muon(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
-    """Build Muon for the matrices of the blocks; AdamW, as in `adamw`, trains all the rest."""
+    """Build Muon for the matrices of the blocks; AdamW, as in `adamw`, trains the rest."""
     groups = adamw(model, lr, weight_decay, betas).param_groups
     blocks = {id(p) for name, p in model.named_parameters() if ".attn." in name or ".mlp." in name}
     matrices = [p for p in groups[0]["params"] if id(p) in blocks]

@@ -123,7 +123,7 @@ def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
 
 
 def keep_best(best, model, quality, **about):
-    """Copy the model and these facts about it into `best` if its quality is the highest so far."""
+    """Copy the model and the facts `about` it into `best` if its quality is the highest so far."""
     if not best or quality > best["quality"]:
         weights = {k: v.clone() for k, v in model.state_dict().items()}
         best.update(about, quality=quality, model=weights)

@@ -315,6 +315,17 @@ def test_fit_prompts_adds_the_ids_and_prints_nothing_if_all_fit(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_batches_of_samples_share_no_random_numbers():
+    """Not within a seed, and not with the next seed."""
+    model = random_gpt(vocab=ENC.n_vocab)
+    chats = [chat("?")] * 600
+    drawn = [sft.sample_responses(model, ENC, chats, 3, seed=seed) for seed in (0, 1)]
+    batches = [tuple(row[i:i + 88]) for row in drawn for i in (0, 256, 512)]
+    assert len(set(batches)) == 6
+    assert sft.sample_responses(model, ENC, chats, 3, seed=1) == drawn[1]
+    sft.sample_responses(model, ENC, chats[:2], 3, seed=None)
+
+
 def test_sampled_responses_end_before_the_end_token(monkeypatch):
     seen = {}
 
@@ -327,7 +338,8 @@ def test_sampled_responses_end_before_the_end_token(monkeypatch):
     responses = sft.sample_responses(None, ENC, chats, 9, temperature=0.5, seed=3)
     assert responses == ["moo 牛", "no end", ""]
     prompts = [sft.render_prompt(c, ENC) for c in chats]
-    assert seen == dict(prompts=prompts, n=9, stop=END, temperature=0.5, seed=3)
+    assert seen.pop("seed") is not None
+    assert seen == dict(prompts=prompts, n=9, stop=END, temperature=0.5)
 
 
 # The stage as a whole
