@@ -18,7 +18,7 @@ temperature 1.
     python evaluate.py --json               one JSON object per row
     python evaluate.py --out out/seed1      another run
 
-About a minute on two CPU cores. The prompts come from users no training stage has seen.
+Half a minute on two CPU cores. The prompts come from users no training stage has seen.
 """
 import json
 import math

@@ -15,7 +15,7 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
     python reward.py --loss token-margin                    other losses: token-margin, regression
 
-A minute on two CPU cores, sampling included. Trains OUT/sft.pt first if it is missing. Read next:
+Half a minute on two CPU cores, sampling included. Trains OUT/sft.pt first if it is missing. Next:
 gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
 """
 import random

@@ -24,7 +24,7 @@ an instruction with a token that the model itself finds unlikely.
     python self_instruct.py --seeds mine.jsonl --base my.pt   your own tasks and model, not graded
 
 Four minutes on one CPU core. The base model is OUT/long/gpt.pt: OUT/gpt.pt, trained further at a
-context of 320 tokens. It is made first if it is missing, which takes three minutes. Read next:
+context of 320 tokens. It is made first if it is missing, which takes two minutes. Read next:
 self_reward.py. Elsewhere: the masked loss (sft.py), seed tasks and pages (data/tasks.py), and the
 measures of what was made (lab/instruction_quality.py; it imports this file, so main imports it).
 """

@@ -23,7 +23,7 @@ A verdict gives its reasons before the score, so the model adds up what it has a
     python self_reward.py --halo 0.05           reward hacking: annotators overrate a phrase
     python self_reward.py --data chats.jsonl --eft judged.jsonl --prompts prompts.jsonl
 
-Five minutes on two CPU cores. Makes OUT/gpt.pt, OUT/long/gpt.pt (three minutes) and the rankings of
+Five minutes on two CPU cores. Makes OUT/gpt.pt, OUT/long/gpt.pt (two minutes) and the rankings of
 reward.py first if they are missing. Read dpo.py first. Elsewhere: data/verdicts.py has the judge's
 prompt and the seed data, lab/judge_quality.py the measures of the table.
 """

@@ -194,6 +194,41 @@ def table_e():
     return markdown(["run", "model", *[column.head for column in COLUMNS_E]], lines)
 
 
+def read_rows(name):
+    """Return the rows of one file."""
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def table_h_peers():
+    """Return our speed beside peers, from lab/bench.py."""
+    lines = []
+    for row in read_rows("bench.jsonl"):
+        ours, theirs = f"{row['ours']:,.1f}", f"{row['theirs']:,.1f} ({row['peer']})"
+        lines.append([row["name"], row["unit"], ours, theirs, f"{row['ratio']:.2f}",
+                      row["note"] or ""])
+    return markdown(["work", "unit", "ours", "theirs", "times as fast", "note"], lines)
+
+
+def table_h_chain():
+    """Return the default run before and after the changes for speed."""
+    lines = []
+    for row in read_rows("chain.jsonl"):
+        lines.append([row["commit"], str(row["seed"]), f"{row['cpu_s']:.0f}",
+                      f"{row['memory_mb']:,}", f"{row['gold_ppo']:.2f}", f"{row['lm_base']:.3f}"])
+    heads = ["commit", "seed", "CPU s", "memory, MB", "gold of ppo", "LM loss of base"]
+    return markdown(heads, lines)
+
+
+def table_h_optimizers():
+    """Return the validation losses of AdamW and Muon after equal numbers of tokens."""
+    rows = read_rows("optimizer.jsonl")
+    lines = []
+    for name in ("adamw", "muon"):
+        losses = [row["val_loss"] for row in rows if row["optimizer"] == name]
+        lines.append([name, *[f"{loss:.3f}" for loss in losses]])
+    return markdown(["optimizer", *[f"seed {row['seed']}" for row in rows[:3]]], lines)
+
+
 def tables():
     """Return {name: table} of README.md."""
     return {
@@ -202,6 +237,9 @@ def tables():
         "D, made": table_d_made(),
         "D, worth": table_d_worth(),
         "E": table_e(),
+        "H, peers": table_h_peers(),
+        "H, chain": table_h_chain(),
+        "H, optimizers": table_h_optimizers(),
     }
 
 
