@@ -18,7 +18,7 @@ prompt stay in one batch, as in reward.py: each is computed once, whatever its n
     python dpo.py --data pairs.jsonl.gz --out out/mine     pairs or ranks, see data/README.md
     python dpo.py --nll 0.2 --name dpo-nll                 variants: --loss ipo, --pairs extreme
 
-75 seconds on one CPU core. Needs OUT/sft.pt and trains it first if missing. Read next: evaluate.py.
+45 seconds on one CPU core. Needs OUT/sft.pt and trains it first if missing. Read next: evaluate.py.
 Elsewhere: metrics (scaffold/health.py), pairs (data/rankings.py).
 """
 import random
