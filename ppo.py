@@ -21,7 +21,7 @@ clipped steps (PPO, 1707.06347, eq. 7):
     python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL: score rises, true grade falls
     python ppo.py --prompts pairs.jsonl --out out/mine       your prompts, see data/README.md
 
-75 seconds on two CPU cores; four minutes with the stages before it. Read next: evaluate.py, dpo.py.
+A minute on two CPU cores; four minutes with the stages before it. Read next: evaluate.py, dpo.py.
 Elsewhere: metrics and warnings (scaffold/health.py), record formats (data/formats.py).
 
 Action frame: quantities per token are (B, T-1). Index t belongs to the action that produced

@@ -48,7 +48,7 @@ from data.text import batches, pad
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
-from scaffold.run import ensure_stage, log_metrics, set_seed, take_step
+from scaffold.run import ensure_stage, keep_best, log_metrics, set_seed, take_step
 
 
 @dataclass
@@ -373,7 +373,7 @@ def fine_tune(base, device, records, val_score, cfg):
     """Step 5: fine-tune the base model; return the best of five checkpoints by val_score(model)."""
     model, enc, _ = gpt.load_model(base, device)
     optimizer = adamw(model, cfg.lr, 0.01)
-    best_score, best_weights = -1.0, None
+    best = {}
     examples = endless_batches(records, enc, model.config.block_size, cfg.batch_tokens,
                                random.Random(cfg.seed), device)
     bar = tqdm(islice(examples, cfg.steps), total=cfg.steps, desc=f"fine-tune on {len(records)}",
@@ -383,11 +383,8 @@ def fine_tune(base, device, records, val_score, cfg):
         loss = sft.chat_loss(model, ids, mask)
         take_step(loss, optimizer, model, lr_at(step, cfg.steps, cfg.lr))
         if (step + 1) % max(1, cfg.steps // 5) == 0:
-            score = val_score(model.eval())
-            if score > best_score:
-                best_score = score
-                best_weights = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(best_weights)
+            keep_best(best, model, val_score(model.eval()))
+    model.load_state_dict(best["model"])
     return model.eval()
 
 

@@ -161,7 +161,7 @@ def checkpoint_text(path, enc, block_size, other=""):
 
 
 def draw_rows(sources, drawn, n_tokens, T, rng):
-    """Fill rows of T tokens with random documents -> ids, segments (B, T), as `pack` does.
+    """Fill rows of T tokens with random documents -> ids, segments (B, T), as `pack` returns.
 
     There are as many rows as fit into n_tokens, but at least one. The last document of a row is cut
     where the row ends; one that is longer than T contributes a random window. The next document
@@ -169,22 +169,18 @@ def draw_rows(sources, drawn, n_tokens, T, rng):
     changed in place.
     """
     weights = {name: source.weight for name, source in sources.items() if source.weight}
-    B = max(1, n_tokens // T)
-    ids = torch.zeros(B, T, dtype=torch.long)                                 # (B, T)
-    segments = torch.zeros(B, T, dtype=torch.long)                            # (B, T)
-    for b in range(B):
-        end = number = 0
-        while end < T:
+    pieces = []
+    for _ in range(max(1, n_tokens // T)):
+        room = T
+        while room:
             name = min(weights, key=lambda name: drawn[name] / weights[name])
             train = sources[name].train
             document = train[rng.randrange(len(train))]
             first = rng.randrange(max(1, len(document) - T + 1))
-            window = document[first:first + T - end]
-            start, end, number = end, end + len(window), number + 1
-            ids[b, start:end] = window
-            segments[b, start:end] = number
-            drawn[name] += len(window)
-    return ids, segments
+            pieces.append(document[first:first + room])
+            drawn[name] += len(pieces[-1])
+            room -= len(pieces[-1])
+    return pack(pieces, T)
 
 
 def windows(documents, T, limit):

@@ -19,12 +19,17 @@ def begin(name):
     return f"<!-- table {name}: made by figures.py -->"
 
 
+def read_rows(name):
+    """Return the rows of one file."""
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
 def load(stage):
     """Return {seed: rows} of a stage's metrics files."""
     runs = {}
     for path in sorted(HERE.glob(f"{stage}-seed*.jsonl")):
         seed = int(re.search(r"seed(\d+)", path.name)[1])
-        runs[seed] = [json.loads(line) for line in path.read_text().splitlines()]
+        runs[seed] = read_rows(path.name)
     return runs
 
 
@@ -194,16 +199,12 @@ def table_e():
     return markdown(["run", "model", *[column.head for column in COLUMNS_E]], lines)
 
 
-def read_rows(name):
-    """Return the rows of one file."""
-    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
-
-
 def table_h_peers():
     """Return our speed beside peers, from lab/bench.py."""
     lines = []
     for row in read_rows("bench.jsonl"):
-        ours, theirs = f"{row['ours']:,.1f}", f"{row['theirs']:,.1f} ({row['peer']})"
+        ours = f"{row['ours']:,.1f}"
+        theirs = f"{row['theirs']:,.1f} ({row['peer']})"
         lines.append([row["name"], row["unit"], ours, theirs, f"{row['ratio']:.2f}",
                       row["note"] or ""])
     return markdown(["work", "unit", "ours", "theirs", "times as fast", "note"], lines)

@@ -3,7 +3,6 @@ import math
 
 import torch
 
-
 # Whether the CPU multiplies bf16 matrices, faster than fp32; others emulate it, ten times slower.
 BF16_CPU = any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
 
