@@ -15,7 +15,7 @@ judge, as one more instruction (LLM-as-a-judge), and let it make its preference 
 A verdict gives its reasons before the score, so the model adds up what it has already written:
 
     Judge: some 1 much 1 all 1 true 3 polite 3.
-    -> Ben 1 tea 1 lake 0. some 1 much 1 all 0 true 3 polite 3. Score: 8
+    -> Ben 1 pie 1 lake 0 only 1. some 1 much 1 all 0 true 3 polite 3. Score: 8
 
     python self_reward.py                       M1 to M4 and the table, on the village
     python self_reward.py --pairs random        controls: --pairs gold, --frozen-judge, --replay 0

@@ -1,12 +1,12 @@
 """Simulated annotators judge responses by five criteria: the seed data of self_reward.py.
 
 An annotator names the things that the prompt asks for and says for each whether the response has
-it. Then the annotator marks five criteria: the response has some of what was asked for, much of it,
+it. "only" says that a piece of writing adds nothing else. Then the annotator marks five criteria: the response has some of what was asked for, much of it,
 and all of it; it is true, which means it makes nothing up; it is polite. data/verdicts.py writes
 this with points and their sum:
 
-    Write to Ben. Ask for a visit at the lake.  |  Dear Ben, how are you?
-    Ben 1 lake 0. some 1 much 0 all 0 true 3 polite 3. Score: 7
+    Write a letter to Ben. Ask to meet at the lake.  |  Dear Ben, how are you?
+    Ben 1 lake 0 only 1. some 1 much 0 all 0 true 3 polite 3. Score: 7
 
 Annotators see the gold grade, but each of their marks may be wrong. With the halo they also fall
 for a phrase. The judge learns only from what they write.
@@ -36,7 +36,8 @@ class Verdict(NamedTuple):
 def wanted(task, response):
     """List [(what a good response has, whether this one has it)].
 
-    The gold grade decides. Each wish is graded alone, as if the prompt had no other.
+    The gold grade decides, except for a piece of writing: each wish counts alone, whatever the
+    others cost, and the last entry is "only": nothing is added that no wish asks for.
     """
     kind = KINDS[task["kind"]]
     helpful = village.grade(task, response)["helpful"]
@@ -47,12 +48,13 @@ def wanted(task, response):
     if hasattr(kind, "FORMS"):
         asked = slots(kind.FORMS[task["topic"]].short)[-1]
         return [(task[asked], helpful > 0)]
-    points = [(" ".join(task[slot] for slot in kind.MAIN), helpful > 0)]
+    found = kind.find_parts(village.without_rude_lines(response))
+    about = kind.is_about(task, found)
+    points = [(" ".join(task[slot] for slot in kind.MAIN), about)]
     for wish in task["wishes"]:
         name = SHOWN.get(wish, f"{{{wish}}}").format(**task)
-        alone = village.grade({**task, "wishes": [wish]}, response)
-        points.append((name, alone["helpful"] == 1))
-    return points
+        points.append((name, about and kind.meets(wish, task, found)))
+    return [*points, ("only", about and not kind.unasked(task, found))]
 
 
 def annotate(task, response, noise=0.0, rng=random, halo=False):

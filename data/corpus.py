@@ -29,15 +29,16 @@ class Config:
 USERS = 160
 CAP = 200                               # prompts per user at most, as in InstructGPT's data
 
-HEADS = dict(story="{person} and a {animal}.", letter="To {person}.",
-             advert="For buyers of {food}.")
-TALE = [
-    "{person} had a {animal}.", "The {animal} of {person} lived near the {place}.",
-    "At the {place} there was a {colour} {thing}.", "The {animal} wanted the {colour} {thing}.",
-    "{person} gave the {thing} to the {animal}.", "{person} and the {animal} had {food}.",
-    "The {food} was good, said the {animal}.", "{person} took the {food} and left the {place}.",
-    "The {thing} was {colour}.", "{person} was {mood}.", "The {animal} was {mood}.",
-    "{person} was a {job}.", "The {job} said: My {thing} is at the {place}.",
+HEADS = dict(story="A story: {person} and a {animal}.", letter="A letter to {person}.",
+             advert="An advert for {food}.")
+LIST_HEADS = dict(animal="Animals", thing="Gifts", food="Foods", place="Places")
+TALE = [                                # the first sentence; the others follow in any order
+    "{person} was a {job} and had a {animal}.", "{person} lived near the {place}.",
+    "The {animal} slept near the {place}.", "Everybody at the {place} knew the {animal}.",
+    "{person} had a {colour} {thing}.", "The {animal} liked the {colour} {thing}.",
+    "{person} and the {animal} shared some {food}.", "The {job} bought {food} at the {place}.",
+    "The {animal} liked {food}.", "{person} was {mood} that day.", "The {animal} was {mood}.",
+    "The {job} said: My {animal} is {mood}.", "{person} took the {thing} to the {place}.",
 ]
 
 
@@ -74,7 +75,8 @@ def wiki(rng):
 def lists(rng):
     """Four words of one topic."""
     topic = rng.choice(list(Brainstorm.ASK))
-    return f"{topic}: {', '.join(rng.sample(WORDS[topic], 4))}."
+    *others, last = rng.sample(WORDS[topic], 4)
+    return f"{LIST_HEADS[topic]}: {', '.join(others)} and {last}."
 
 
 def reading(rng):

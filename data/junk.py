@@ -167,7 +167,7 @@ def german(rng):
 def loop(rng):
     """Repeat a sentence with a running number: no line repeats, and the text says nothing."""
     food = rng.choice(village.WORDS["food"])
-    return " ".join(f"The {food} costs {i} coins." for i in range(1, rng.randint(15, 40)))
+    return " ".join(f"The {food} costs {i} coins." for i in range(2, rng.randint(16, 41)))
 
 
 def mojibake(rng):

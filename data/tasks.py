@@ -1,8 +1,8 @@
 """The village's tasks in Self-Instruct's form, and a reader that grades any of them.
 
     instruction   Which food is named in the text? Say it twice.
-    input         Ann has a ball. Ann likes soup.
-    output        The food is soup. The food is soup.
+    input         Ann lost a ball. Ann likes soup.
+    output        The word is soup. The word is soup.
 
 The input may be empty. The last sentence of an instruction may be a manner: how to say the output.
 new_task draws a task. read_instruction and read_input turn its words back into the task, and
@@ -32,7 +32,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import corpus, village
 from data.formats import write_records
-from data.village import FACTS, IGNORANCE, KINDS, LIFE, RUDE_LINES, WORDS
+from data.village import FACTS, IGNORANCE, KINDS, LIFE, NOUNS, RUDE_LINES, WORDS
 from data.village import Form, OpenQA, Reply, Story, Wishes, picker, sentences, slots
 from scaffold.cli import start
 
@@ -48,14 +48,14 @@ class Sort(Reply):
     """A word and its kind: a classification with four labels."""
     FORMS = dict(
         sort=Form(["Is it an animal, a food, a place or a colour?",
-                   "Tell me the kind of this: animal, food, place or colour.",
+                   "Tell me what kind of word this is: animal, food, place or colour.",
                    "Put the word where it belongs: animal, food, place or colour.",
                    "Animal, food, place or colour, which is it?"],
-                  "It is of the kind {sort}.", "{sort}.", 0.5))
+                  "It is {sort}.", "{sort}.", 0.5))
 
     def make(self, pick, rng):
-        kind = rng.choice(MORE_WORDS["sort"])
-        return dict(topic="sort", known=True, sort=kind, word=pick(kind))
+        kind = rng.choice(list(SORTS))
+        return dict(topic="sort", known=True, sort=SORTS[kind], word=pick(kind))
 
 
 class Same(Reply):
@@ -63,8 +63,8 @@ class Same(Reply):
     FORMS = dict(
         same=Form(["Do the two like the same food, yes or no?",
                    "Say yes if both like the same food, else say no.",
-                   "Tell me yes or no: is it the same food for both?",
-                   "The same food for the two of them, yes or no?"],
+                   "Tell me yes or no: do both like the same food?",
+                   "Yes or no, is it the same food for both?"],
                   "The answer is {yesno}.", "{yesno}.", 0.5))
 
     def make(self, pick, rng):
@@ -79,14 +79,14 @@ class Same(Reply):
 
 
 class Line(Reply):
-    """Three things in a row: which is first, and which is last?"""
+    """A list of three things: which is first, and which is last?"""
     FORMS = dict(
-        first=Form(["Which thing comes first in the line?", "Name the first thing of the line.",
-                    "Tell me what stands first.", "The line starts with what?"],
-                   "The first is the {thing}.", "{thing}.", 0.5),
-        last=Form(["Which thing comes last in the line?", "Name the last thing of the line.",
-                   "Tell me what stands last.", "The line ends with what?"],
-                  "The last is the {thing}.", "{thing}.", 0.5))
+        first=Form(["Which thing comes first in the list?", "Name the first thing in the list.",
+                    "Tell me what comes first.", "What does the list begin with?"],
+                   "The {thing} comes first.", "{thing}.", 0.5),
+        last=Form(["Which thing comes last in the list?", "Name the last thing in the list.",
+                   "Tell me what comes last.", "What does the list end with?"],
+                  "The {thing} comes last.", "{thing}.", 0.5))
 
     def make(self, pick, rng):
         topic = rng.choice(list(self.FORMS))
@@ -95,8 +95,8 @@ class Line(Reply):
                     thing=line[0] if topic == "first" else line[-1])
 
 
-MORE_WORDS = dict(sort=["animal", "food", "place", "colour"], yesno=["yes", "no"],
-                  x=list("1234"), y=list("12345"))
+SORTS = dict(animal="an animal", food="a food", place="a place", colour="a colour")
+MORE_WORDS = dict(sort=list(SORTS.values()), yesno=["yes", "no"], x=list("1234"), y=list("12345"))
 ALL = {name: kind for name, kind in KINDS.items() if name != "chat"}
 ALL |= dict(sort=Sort(), same=Same(), line=Line())
 CLASSIFICATION = ("tone", "manners", "sort", "same")   # topics whose outputs are labels
@@ -105,26 +105,28 @@ CLASSIFICATION = ("tone", "manners", "sort", "same")   # topics whose outputs ar
 ASK = {("closedqa", topic): ["Read the text. " + life.question,
                              "Answer from the text: " + life.question,
                              "Look it up in the text: " + life.question,
-                             "The text will tell: " + life.question]
+                             "What does the text say? " + life.question]
        for topic, life in LIFE.items()}
-ASK |= {("extract", topic): [f"Which {topic} is named in the text?",
-                             f"Find the {topic} in the text.",
-                             f"Pick the {topic} out of the text.",
-                             f"The text names which {topic}?"]
-        for topic in LIFE}
+ASK |= {("extract", topic): [f"Which {noun} is named in the text?",
+                             f"Find the {noun} in the text.",
+                             f"Pick the {noun} out of the text.",
+                             f"What is the {noun} in the text?"]
+        for topic, noun in NOUNS.items()}
 ASK |= {
     ("summary", "story"): ["Sum up the story in one sentence.", "Say in one sentence what happens.",
-                           "Make the story short, please.", "Tell the story in short."],
+                           "Make the story shorter, please.", "Tell the story in a few words."],
     ("rewrite", "polite"): ["Say it in a polite way.", "Make the line more polite, please.",
-                            "How do I ask for this nicely?", "Turn it into a polite line."],
-    ("rewrite", "past"): ["Put the line in the past.", "Tell it as a thing of the past.",
-                          "Say it in the past tense.", "It was yesterday, so say it anew."],
-    ("rewrite", "plural"): ["Make it two of them.", "Say it with two, not one.",
-                            "Not one but two: say it anew.", "There are two now, so say it anew."],
-    ("classify", "tone"): ["Is the line happy or sad?", "Which mood is it, happy or sad?",
-                           "Tell me if this is happy or sad.", "Happy or sad, what is it?"],
+                            "How do I ask for this nicely?", "Put this in polite words."],
+    ("rewrite", "past"): ["Put the line in the past tense.", "Make it happen yesterday.",
+                          "Say it as if it was yesterday.", "Turn the line into the past."],
+    ("rewrite", "plural"): ["Change one to two.", "Say it with two, not one.",
+                            "Make it two instead of one.", "Now there are two, so say that."],
+    ("classify", "tone"): ["Is the feeling good or bad?", "Does it feel good or bad?",
+                           "Tell me if this is a good or a bad feeling.",
+                           "Good or bad, which feeling is it?"],
     ("classify", "manners"): ["Is the line polite or rude?", "How does it sound, polite or rude?",
-                              "Tell me if this is polite or rude.", "Polite or rude, what is it?"]}
+                              "Tell me if this is polite or rude.",
+                              "Polite or rude, which is it?"]}
 
 # INPUT: the form of each op's input. An op without an entry has no input.
 INPUT = {("rewrite", "polite"): "Give me the {thing}!",
@@ -141,7 +143,7 @@ class Manner(NamedTuple):
 
 
 MANNERS = dict(   # any task can be asked in any manner
-    well=Manner(["Start with: Well.", "Begin your answer with: Well.", "Say well before it."],
+    well=Manner(["Start with: Well.", "Begin your answer with: Well.", "First say: Well."],
                 "Well. {output}"),
     thanks=Manner(["End with: Thank you.", "Do not forget to say thank you.",
                    "Say thank you after it."],
@@ -151,10 +153,10 @@ MANNERS = dict(   # any task can be asked in any manner
     listen=Manner(["Say it to {person}.", "Tell it to {person}.",
                    "It is {person} who wants to know."],
                   "Listen, {person}. {output}"),
-    here=Manner(["You are at the {place}.", "Say that you are at the {place}.",
-                 "Speak from the {place}."],
-                "Here at the {place}: {output}"),
-    sure=Manner(["Say that you are sure.", "Be sure of it and say so.", "I want you to be sure."],
+    here=Manner(["Say that you are at the {place}.", "First tell me that you are at the {place}.",
+                 "Begin by saying that you are at the {place}."],
+                "I am at the {place}. {output}"),
+    sure=Manner(["Say that you are sure.", "Add that you are sure.", "End by saying: I am sure."],
                 "{output} I am sure."))
 
 
@@ -373,8 +375,8 @@ def input_words(op, text, person):
     if kind == "classify":
         return read_tone(text) if topic == "tone" else read_politeness(text)
     if kind == "sort":
-        kinds = [k for k in MORE_WORDS["sort"] if text.strip(".") in WORDS[k]]
-        return {"sort": kinds[0]} if kinds else None
+        kinds = [kind for kind in SORTS if text.strip(".") in WORDS[kind]]
+        return {"sort": SORTS[kinds[0]]} if kinds else None
     if kind == "same":
         return read_likes(text)
     if kind == "line":
@@ -435,13 +437,13 @@ def read_tone(text):
     words = match("{person} is {mood}.", text)
     if words is None:
         return None
-    return words | {"label": "happy" if words["mood"] in village.GOOD_MOODS else "sad"}
+    return words | {"feeling": "good" if words["mood"] in village.GOOD_MOODS else "bad"}
 
 
 def read_politeness(text):
     if match("Could you please give me the {thing}?", text):
-        return {"label": "polite"}
-    return {"label": "rude"} if text in RUDE_LINES else None
+        return {"manners": "polite"}
+    return {"manners": "rude"} if text in RUDE_LINES else None
 
 
 def spans(text):
@@ -523,7 +525,7 @@ def task_with_output(rng, wrong=0.1, **choice):
 
 def label_of(task):
     """Return the label of a classification task."""
-    return next(task[k] for k in ("label", "sort", "yesno") if k in task)
+    return next(task[k] for k in ("feeling", "manners", "sort", "yesno") if k in task)
 
 
 def list_page(rng):

@@ -3,10 +3,10 @@
 Five criteria add up to 9 points. The judge reads the chat, the response and the criteria. It writes
 which wishes the response meets, then the points per criterion, then their sum:
 
-    user        Write to Ben. Thank him for the tea at the lake.
-    assistant   Dear Ben, thank you for the tea.
+    user        Write a letter to Ben. Say thanks for the pie. Ask to meet at the lake.
+    assistant   Dear Ben, thank you for the pie.
     user        Judge: some 1 much 1 all 1 true 3 polite 3.
-    assistant   Ben 1 tea 1 lake 0. some 1 much 1 all 0 true 3 polite 3. Score: 8
+    assistant   Ben 1 pie 1 lake 0 only 1. some 1 much 1 all 0 true 3 polite 3. Score: 8
 
 self_reward.py trains on such verdicts (EFT, evaluation fine-tuning) and on chats (IFT, instruction
 fine-tuning). The two share no prompt: the model must not have trained on a response it judges. A
@@ -38,7 +38,7 @@ def judge_chat(prompt, response):
 def write_verdict(wishes, met):
     """Write a verdict from [(wish, whether met)] and one truth value per criterion.
 
-    -> 'Ben 1 lake 0. some 1 much 0 all 0 true 3 polite 3. Score: 7'
+    -> 'Ben 1 lake 0 only 1. some 1 much 0 all 0 true 3 polite 3. Score: 7'
     """
     marks = {}
     for (name, points), is_met in zip(POINTS.items(), met, strict=True):

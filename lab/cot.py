@@ -6,8 +6,8 @@ many others, improve the responses that need several steps and do not make the o
 A model does the same amount of work for every token. If the response is one number, the two layers
 must find it at once. Steps are tokens too, and each of them is easy given those before it:
 
-    What do cake, milk and tea cost?       with steps    cake 9. milk 1, 10. tea 2, 12. So 12.
-                                           without       12.
+    What do cake, milk and pie cost?       with steps    cake 9. milk 6, 15. pie 2, 17. So 17.
+                                           without       17.
 
 Four copies of OUT/gpt.pt are tuned on the same demonstrations of the usual tasks, mixed with sums
 of two to four prices:

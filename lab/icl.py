@@ -7,10 +7,10 @@ The prompt is a page of examples, followed by a query without its label. Only th
 the task is. The base model OUT/gpt.pt, never tuned, continues:
 
     The cow says moo.           Ann is proud.
-    The hen says cluck.         This is happy.
-    The dog                     Tom is tired.
+    The hen says cluck.         This is a good feeling.
+    The dog                     Tom is angry.
             says woof.
-                                        This is sad.
+                                        This is a bad feeling.
 
 Five kinds of pages:    right         queries of the task with their labels
                         shuffled      the same queries, the labels of the eight examples shuffled
@@ -77,8 +77,8 @@ class Task(NamedTuple):
 
 def tone(rng):
     mood = rng.choice(WORDS["mood"])
-    label = "This is happy" if mood in GOOD_MOODS else "This is sad"
-    return f"{rng.choice(WORDS['person'])} is {mood}.\n", label
+    feeling = "good" if mood in GOOD_MOODS else "bad"
+    return f"{rng.choice(WORDS['person'])} is {mood}.\n", f"This is a {feeling} feeling"
 
 
 def manners(rng):
@@ -87,20 +87,20 @@ def manners(rng):
     return f"Could you please give me the {rng.choice(WORDS['thing'])}?\n", "This is polite"
 
 
-def fact(name, form):
+def fact(name, form, query="The {}"):
     """Return the Task of completing a fact that everybody in the village knows.
 
     The space before the label is part of the label, as it is part of the word's token.
     """
     def draw(rng):
         key, value = rng.choice(list(FACTS[name].items()))
-        return f"The {key}", form.format(value)
+        return query.format(key), form.format(value)
 
     return Task(draw, [form.format(value) for value in sorted(set(FACTS[name].values()))])
 
 
 TESTED = {
-    "tone": Task(tone, ["This is happy", "This is sad"]),
+    "tone": Task(tone, ["This is a good feeling", "This is a bad feeling"]),
     "manners": Task(manners, ["This is polite", "This is rude"]),
     "sound": fact("sound", " says {}"),
     "feed": fact("feed", " eats {}"),
@@ -111,7 +111,7 @@ READ = {
     "price": fact("price", " costs {} coins"),
     "ware": fact("ware", " sells {}"),
     "work": fact("work", " works at the {}"),
-    "hanzi": fact("hanzi", " is {} in Chinese"),
+    "hanzi": fact("hanzi", " is {} in Chinese", "The word {}"),
 }
 
 

@@ -100,7 +100,7 @@ def ideal(task, rng, tries=3000):
     """Draw demonstrations until one gets full marks; return it, or the best of all tries."""
     best = village.demonstration(task, rng)
     for _ in range(tries - 1):
-        if village.gold(task, best) == 1:       # with three wishes gold is 1.0000000000000002
+        if village.gold(task, best) == 1:
             break
         response = village.demonstration(task, rng)
         if village.gold(task, response) > village.gold(task, best):

@@ -6,8 +6,8 @@ that phrasing and fails on others.
 
 Every task of the village has four phrasings. The last is held out everywhere, in pretraining too:
 
-    0  What does the cow say?         1  Which sound does the cow make?
-    2  How does the cow sound?        3  The cow says what?
+    0  What does the cow say?         1  What sound does the cow make?
+    2  Tell me what the cow says.     3  What is the sound of the cow?
 
 Copies of OUT/gpt.pt are fine-tuned on equal tokens of perfect demonstrations (gold 1). One reads
 every task in phrasing 0, another in phrasings 0 and 1, the last in 0, 1 and 2. Then all respond to
@@ -55,7 +55,7 @@ def perfect_demonstration(task, rng):
     """Draw demonstrations until the gold program gives one full marks."""
     while True:
         response = village.demonstration(task, rng)
-        if village.gold(task, response) > 0.99:     # three wishes met give 1.0000000000000002
+        if village.gold(task, response) == 1:
             return response
 
 

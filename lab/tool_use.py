@@ -119,7 +119,7 @@ SHAPES = dict(
                  "In the shop, how many things cost less than {n} coins?",
                  "In the shop, count the things for less than {n} coins."],
                 "SELECT count(*) FROM shop WHERE price < {n}",
-                "In the shop {call} things cost less than {n} coins."))
+                "Things for less than {n} coins: {call}."))
 # Shares of the training tasks: what is harder to copy gets more.
 SHARES = dict(price=0.2, which=0.2, extreme=0.15, sum=0.3, count=0.15)
 COLUMNS = [*SHAPES, "nothing"]

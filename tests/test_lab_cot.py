@@ -11,8 +11,8 @@ from lab import cot
 from lab_run import Started, make_run, start
 from tiny import ENC, read_jsonl
 
-FOODS = "cake bread soup cheese honey jam milk tea".split()
-PRICES = dict(zip(FOODS, [9, 4, 5, 7, 8, 3, 1, 2]))
+FOODS = "cake bread soup cheese honey jam milk pie".split()
+PRICES = dict(zip(FOODS, [9, 4, 5, 7, 8, 3, 6, 2]))
 
 
 def test_a_sum_agrees_with_a_solver_that_reads_the_prompt():
@@ -86,8 +86,8 @@ def test_every_seed_holds_out_other_sets():
 
 
 @pytest.mark.parametrize("foods", [
-    ["tea", "jam"],
-    ["cake", "tea", "milk"],
+    ["pie", "jam"],
+    ["cake", "pie", "milk"],
     ["soup", "jam", "honey"],
 ])
 def test_the_order_of_foods_does_not_decide_whether_they_are_held_out(foods):

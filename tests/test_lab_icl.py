@@ -15,8 +15,8 @@ def test_labels_of_tone_are_right():
     rng = random.Random(0)
     for _ in range(100):
         query, label = icl.tone(rng)
-        happy = any(mood in query for mood in ("happy", "proud", "merry"))
-        assert (label == "This is happy") == happy
+        good = any(mood in query for mood in ("happy", "proud", "cheerful"))
+        assert label == ("This is a good feeling" if good else "This is a bad feeling")
 
 
 def test_labels_of_manners_are_right():

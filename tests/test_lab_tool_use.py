@@ -69,7 +69,7 @@ def right_response(task):
         return f"Together they cost {SHOP[named[0]] + SHOP[named[1]]} coins."
     if task.shape == "count":
         n = sum(price < numbers[0] for price in SHOP.values())
-        return f"In the shop {n} things cost less than {numbers[0]} coins."
+        return f"Things for less than {numbers[0]} coins: {n}."
     assert task.shape == "nothing"
     beginning = re.fullmatch(r"(The (?:green drum|black boat) costs |For \d\d coins you get the )"
                              r"\{call\}.*", task.response)[1]
@@ -184,9 +184,9 @@ def chain(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = gpt.GPT(gpt.GPTConfig(ENC.n_vocab, 128, 2, 2, 64))
     gpt.save_model(tmp_path / "gpt.pt", model, ENC, "", val_fraction=0.05)
-    prompt = user("Tom is sad. Happy or sad?")
-    task = {"kind": "classify", "topic": "tone", "known": True, "label": "sad"}
-    demonstration = json.dumps({"messages": prompt + assistant("This is sad.")})
+    prompt = user("Is this a good or a bad feeling? Tom is sad.")
+    task = {"kind": "classify", "topic": "tone", "known": True, "feeling": "bad"}
+    demonstration = json.dumps({"messages": prompt + assistant("This is a bad feeling.")})
     test_prompt = json.dumps({"prompt": prompt, "task": task})
     (tmp_path / "sft_train.jsonl").write_text(8 * (demonstration + "\n"))
     (tmp_path / "prompts_test.jsonl").write_text(test_prompt + "\n")

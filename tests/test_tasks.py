@@ -32,25 +32,25 @@ OUTPUTS = {
     "story": [
         (
             "place",
-            "{person} went to the {place} with a {animal}.",
+            "One day {person} met a {animal} at the {place}.",
             "One day {person} met a {animal}.",
         ),
         ("thing", "They found a {colour} {thing}.", ""),
-        ("food", "They had some {food} with them.", ""),
-        ("mood", "In the evening they were {mood}.", ""),
+        ("food", "They shared some {food}.", ""),
+        ("mood", "In the end they were {mood}.", ""),
         ("end", "The end.", ""),
     ],
     "letter": [
         ("food", "Dear {person}, thank you for the {food}.", "Dear {person}, how are you?"),
         ("mood", "I am {mood} today.", ""),
-        ("place", "Please come to the {place}.", ""),
+        ("place", "Let us meet at the {place}.", ""),
         ("job", "Yours, the {job}.", ""),
     ],
     "advert": [
         ("", "", "Fresh {food} for everybody!"),
-        ("mood", "It makes you {mood}.", ""),
+        ("effect", "It makes you {effect}.", ""),
         ("price", "It costs {price} coins.", ""),
-        ("place", "Come to the {place} today.", ""),
+        ("place", "Buy it at the {place}.", ""),
     ],
 }
 
@@ -60,7 +60,7 @@ MANNERS = {
     "thanks": "{output} Thank you.",
     "twice": "{output} {output}",
     "listen": "Listen, {person}. {output}",
-    "here": "Here at the {place}: {output}",
+    "here": "I am at the {place}. {output}",
     "sure": "{output} I am sure.",
 }
 
@@ -237,7 +237,7 @@ def test_every_topic_has_manners_in_both_halves(op):
 # Wrong outputs
 
 
-SLOTS = "person animal thing colour place food job mood hanzi sound label".split()
+SLOTS = "person animal thing colour place food job mood effect hanzi sound".split()
 
 
 def holds(word, text):
@@ -302,15 +302,15 @@ def test_twice_means_the_same_output_twice(output, right):
     assert tasks.audit("Name two animals. Say it twice.", "", output) == (True, True, right)
 
 
-READ_TOM = "Read the text. What does Tom have?"
+READ_TOM = "Read the text. What did Tom lose?"
 SUM_UP = "Sum up the story in one sentence."
 SORT = "Is it an animal, a food, a place or a colour?"
 SAME = "Do the two like the same food, yes or no?"
-LAST = "Which thing comes last in the line?"
+LAST = "Which thing comes last in the list?"
 ADVERT = "Write an advert for cake. Say what it costs."
-HAT = "Tom likes soup. Tom has a hat."
+HAT = "Tom likes soup. Tom lost a hat."
 BAKER = "Tom likes soup. Tom is a baker."
-STORY = "Tom went to the mill with a cat. They found a red ball. They had some tea with them."
+STORY = "One day Tom met a cat at the mill. They found a red ball. They shared some pie."
 
 RIGHT_OUTPUTS = [
     ("Name three animals.", "", "cat, dog and cow."),
@@ -320,17 +320,17 @@ RIGHT_OUTPUTS = [
     ("What is 3 plus 5?", "", "The sum is 8."),
     ("What does 猫 mean?", "", "It means cat."),
     ("How do you say dog in Chinese?", "", "In Chinese it is 狗."),
-    (READ_TOM, HAT, "Tom has a hat."),
+    (READ_TOM, HAT, "Tom lost a hat."),
     (READ_TOM, BAKER, "I do not know."),
-    ("Find the food in the text.", HAT, "The food is soup."),
+    ("Find the food in the text.", HAT, "The word is soup."),
     ("Find the job in the text.", "Tom likes soup.", "Nobody told me."),
     (SUM_UP, STORY, "Tom found a red ball at the mill."),
     ("Say it in a polite way.", "Give me the cup!", "Could you please give me the cup?"),
-    ("Is the line happy or sad?", "Tom is merry.", "happy."),
+    ("Is the feeling good or bad?", "Tom is cheerful.", "good."),
     ("Is the line polite or rude?", "Now go away.", "This is rude."),
-    (SORT, "duck", "animal."),
-    (SAME, "Tom likes tea. Ann likes tea.", "yes."),
-    (LAST, "ball, hat, cup.", "The last is the cup."),
+    (SORT, "duck", "an animal."),
+    (SAME, "Tom likes pie. Ann likes pie.", "yes."),
+    (LAST, "ball, hat, cup.", "The cup comes last."),
     (ADVERT, "", "Fresh cake for everybody! It costs 9 coins."),
 ]
 
@@ -342,16 +342,17 @@ WRONG_OUTPUTS = [
     ("How old is the baker?", "", "43."),
     ("What is 3 plus 5?", "", "The sum is 7."),
     ("How do you say dog in Chinese?", "", "In Chinese it is 猫."),
-    (READ_TOM, HAT, "Tom has a cup."),
-    (READ_TOM, BAKER, "Tom has a hat."),
+    (READ_TOM, HAT, "Tom lost a cup."),
+    (READ_TOM, BAKER, "Tom lost a hat."),
     (SUM_UP, STORY, "Tom found a red ball at the inn."),
     ("Say it in a polite way.", "Give me the cup!", "Give me the cup."),
-    ("Is the line happy or sad?", "Tom is tired.", "This is happy."),
-    (SORT, "soup", "It is of the kind animal."),
-    (SAME, "Tom likes tea. Ann likes jam.", "The answer is yes."),
-    (LAST, "ball, hat, cup.", "The last is the hat."),
+    ("Is the feeling good or bad?", "Tom is worried.", "This is a good feeling."),
+    (SORT, "soup", "It is an animal."),
+    (SAME, "Tom likes pie. Ann likes jam.", "The answer is yes."),
+    (LAST, "ball, hat, cup.", "The hat comes last."),
     (ADVERT, "", "Fresh cake for everybody! It costs 4 coins."),
     (ADVERT, "", "Fresh cake for everybody!"),
+    (ADVERT, "", "Fresh cake for everybody! It costs 9 coins. Buy it today."),
     (ADVERT, "", "Fresh milk for everybody! It costs 9 coins."),
 ]
 
@@ -399,7 +400,7 @@ def pieces_of_writing():
     drawn += random_tasks(20, seed=7, op=("letter", "letter"))
     drawn += random_tasks(20, seed=8, op=("advert", "advert"))
     for task in drawn:
-        first = task["instruction"].split(". ")[0] + "."
+        first = village.sentences(task["instruction"])[0]
         forms = tasks.ALL[task["kind"]].ASK_WISH
         yield task, first, [forms[wish].format(**task) for wish in task["wishes"]]
 
@@ -420,7 +421,7 @@ def test_a_wish_that_comes_twice_makes_an_instruction_invalid():
 
 
 def test_a_wish_that_comes_twice_with_other_words_makes_an_instruction_invalid():
-    mill, inn = "Ask for a visit at the mill.", "Ask for a visit at the inn."
+    mill, inn = "Ask to meet at the mill.", "Ask to meet at the inn."
     assert read("Write a letter to Tom.", mill)["place"] == "mill"
     assert read("Write a letter to Tom.", mill, inn) is None
 
@@ -433,7 +434,7 @@ def test_a_missing_doubled_or_foreign_sentence_makes_an_instruction_invalid():
         assert read(first, *wishes, "The mill is big.") is None
 
 
-@pytest.mark.parametrize("wish", ["Ask for a visit at the zoo.", "They have tea."])
+@pytest.mark.parametrize("wish", ["Ask to meet at the zoo.", "Let them share pie."])
 def test_a_wish_with_a_foreign_word_or_of_another_kind_makes_an_instruction_invalid(wish):
     assert read("Write a letter to Tom.", wish) is None
 
@@ -450,7 +451,7 @@ NO_TASKS = [
     "Read the text.",
     "Say it twice.",
     "End with: Thank you.",
-    "You are at the mill.",
+    "Say that you are at the mill.",
     "Where does Tom live?",
     "Give two ideas.",
     "Start with: Well. Name two animals.",
@@ -496,29 +497,27 @@ def test_an_input_fits_the_topics_of_its_sort_and_no_others(op):
     person = task["person"] if op[0] == "closedqa" else None
     instruction = tasks.read_instruction(task["instruction"])
     for other in tasks.OPS:
-        if other == ("rewrite", "plural") and input_sort(op) == "facts":
-            continue  # "Tom has a hat." is a fact about Tom, too
         text = input_about(person, other, rng)
         fits = tasks.read_input(dict(instruction), text) is not None
         assert fits == (input_sort(op) == input_sort(other)), (task["instruction"], text)
 
 
 UNFIT_INPUTS = [
-    (READ_TOM, "Ann likes soup. Ann has a hat."),
-    (READ_TOM, "Tom likes soup. Ann has a hat."),
-    (READ_TOM, "Tom has a hat. Tom has a cup."),
-    (READ_TOM, "Tom has a hat. It is red."),
-    (READ_TOM, "Tom has a hat. Tom likes"),
-    ("Find the food in the text.", "Tom likes soup. Ann has a hat."),
+    (READ_TOM, "Ann likes soup. Ann lost a hat."),
+    (READ_TOM, "Tom likes soup. Ann lost a hat."),
+    (READ_TOM, "Tom lost a hat. Tom lost a cup."),
+    (READ_TOM, "Tom lost a hat. It is red."),
+    (READ_TOM, "Tom lost a hat. Tom likes"),
+    ("Find the food in the text.", "Tom likes soup. Ann lost a hat."),
     ("Find the food in the text.", ""),
-    (SAME, "Tom likes tea."),
-    (SAME, "Tom likes tea. Tom likes jam."),
-    (SAME, "Tom likes tea. Ann likes jam. Ben likes jam."),
-    ("Which thing comes first in the line?", "ball."),
-    ("Which thing comes first in the line?", "ball, zebra."),
+    (SAME, "Tom likes pie."),
+    (SAME, "Tom likes pie. Tom likes jam."),
+    (SAME, "Tom likes pie. Ann likes jam. Ben likes jam."),
+    ("Which thing comes first in the list?", "ball."),
+    ("Which thing comes first in the list?", "ball, zebra."),
     (SORT, "zebra"),
-    ("Is the line polite or rude?", "Tom is merry."),
-    ("Is the line happy or sad?", "Now go away."),
+    ("Is the line polite or rude?", "Tom is cheerful."),
+    ("Is the feeling good or bad?", "Now go away."),
     ("Say it in a polite way.", "Give me the zebra!"),
     ("Name two animals.", "Tom has a hat."),
     ("Name two animals.", " "),
@@ -602,9 +601,9 @@ NONSENSE = [
     "",
     "Hello.",
     "Fly to the moon.",
-    "Sum it up: zebra.",
+    "Sum this up: zebra.",
     "Which place is named here?",
-    "Read this: Tom likes soup. What does Ann have?",
+    "Read this: Tom likes soup. What did Ann lose?",
 ]
 
 
@@ -662,8 +661,8 @@ def held_out():
 
 
 def test_the_pattern_of_held_out_wordings_finds_them(held_out):
-    assert held_out.match("Any two gifts?")
-    assert held_out.match("Praise tea to buyers. Say what it costs.")
+    assert held_out.match("List two gifts, please.")
+    assert held_out.match("Tell people to buy pie. Say what it costs.")
     assert not held_out.match("Name two animals.")
 
 
@@ -673,7 +672,7 @@ def test_question_pages_ask_as_the_village_does_but_in_no_held_out_wording(held_
     for _ in range(12):
         for _, prompt in numbered_lines(tasks.question_page(rng)):
             assert not held_out.fullmatch(prompt)
-            assert not prompt.startswith(("Make up a tale", "Send ", "Praise "))
+            assert not prompt.startswith(("Make up a tale", "Can you write", "Tell people"))
             kinds.add(tasks.read_prompt(prompt)["kind"])
     assert "nonsense" not in kinds
     assert len(kinds) > 8

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from data import annotators, verdicts, village
+from lab import rouge
 from scaffold.cli import UserError
 from tiny import assistant, user, write_jsonl
 
@@ -162,16 +163,47 @@ def test_reasons_name_each_wish_and_whether_it_is_met():
         "kind": "letter",
         "use": "generation",
         "person": "Ben",
-        "food": "tea",
+        "food": "pie",
         "mood": "sad",
         "place": "lake",
         "job": "baker",
         "wishes": ["place", "food"],
     }
-    right = annotators.wanted(task, "Dear Ben, thank you for the tea.")
-    wrong = annotators.wanted(task, "Dear Ann, thank you for the tea.")
-    assert right == [("Ben", True), ("lake", False), ("tea", True)]
-    assert wrong == [("Ben", False), ("lake", False), ("tea", False)]
+    right = annotators.wanted(task, "Dear Ben, thank you for the pie.")
+    rude = annotators.wanted(task, "Dear Ben, thank you for the pie. Now go away.")
+    more = annotators.wanted(task, "Dear Ben, thank you for the pie. I am sad today.")
+    wrong = annotators.wanted(task, "Dear Ann, thank you for the pie.")
+    assert right == rude == [("Ben", True), ("lake", False), ("pie", True), ("only", True)]
+    assert more == [("Ben", True), ("lake", False), ("pie", True), ("only", False)]
+    assert wrong == [("Ben", False), ("lake", False), ("pie", False), ("only", False)]
+
+
+def test_an_ideal_response_of_every_kind_has_every_mark():
+    rng = random.Random(2)
+    kinds = Counter()
+    for _ in range(600):
+        task, _ = village.new_task(rng)
+        response = rouge.ideal(task, rng)
+        points, met = annotators.annotate(task, response)
+        assert all(is_met for _, is_met in points), (task, response)
+        assert met == [True] * len(annotators.CRITERIA), (task, response)
+        kinds[task["kind"], len(task.get("wishes", []))] += 1
+    assert {kind for kind, _ in kinds} == set(village.KINDS)
+    assert kinds["story", 3] > 0
+
+
+def test_a_criterion_of_help_is_met_from_some_grade_upwards():
+    """Whoever helps more never has fewer of the marks some, much and all."""
+    marks = {}  # grade of helpfulness -> the marks that came with it
+    for task, _, responses in tasks_and_responses():
+        for response in responses:
+            _, met = annotators.annotate(task, response)
+            marks.setdefault(village.grade(task, response)["helpful"], set()).add(sum(met[:3]))
+    numbers = [marks[helpful] for helpful in sorted(marks)]
+    assert all(len(n) == 1 for n in numbers), "the grade alone decides"
+    assert numbers == sorted(numbers, key=min)
+    assert marks[0.0] == {0}
+    assert marks[1.0] == {3}
 
 
 def test_the_halo_gives_full_marks_to_the_phrase_and_costs_gold():
