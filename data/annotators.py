@@ -1,9 +1,9 @@
 """Simulated annotators judge responses by five criteria: the seed data of self_reward.py.
 
 An annotator names the things that the prompt asks for and says for each whether the response has
-it. "only" says that a piece of writing adds nothing else. Then the annotator marks five criteria: the response has some of what was asked for, much of it,
-and all of it; it is true, which means it makes nothing up; it is polite. data/verdicts.py writes
-this with points and their sum:
+it, and for a piece of writing also whether it has "only" these. Then the annotator marks five
+criteria: the response has some of what was asked for, much of it, and all of it; it is true, which
+means it makes nothing up; it is polite. data/verdicts.py writes this with points and their sum:
 
     Write a letter to Ben. Ask to meet at the lake.  |  Dear Ben, how are you?
     Ben 1 lake 0 only 1. some 1 much 0 all 0 true 3 polite 3. Score: 7

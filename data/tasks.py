@@ -62,7 +62,7 @@ class Same(Reply):
     """Two people and what they like: a classification with the labels yes and no."""
     FORMS = dict(
         same=Form(["Do the two like the same food, yes or no?",
-                   "Say yes if both like the same food, else say no.",
+                   "Say yes if both like the same food, and no if not.",
                    "Tell me yes or no: do both like the same food?",
                    "Yes or no, is it the same food for both?"],
                   "The answer is {yesno}.", "{yesno}.", 0.5))
@@ -114,11 +114,11 @@ ASK |= {("extract", topic): [f"Which {noun} is named in the text?",
         for topic, noun in NOUNS.items()}
 ASK |= {
     ("summary", "story"): ["Sum up the story in one sentence.", "Say in one sentence what happens.",
-                           "Make the story shorter, please.", "Tell the story in a few words."],
+                           "Make the story shorter, please.", "Tell me the story in one line."],
     ("rewrite", "polite"): ["Say it in a polite way.", "Make the line more polite, please.",
-                            "How do I ask for this nicely?", "Put this in polite words."],
+                            "How do I ask for this nicely?", "Make it sound more polite."],
     ("rewrite", "past"): ["Put the line in the past tense.", "Make it happen yesterday.",
-                          "Say it as if it was yesterday.", "Turn the line into the past."],
+                          "Say it about yesterday.", "Now put it in the past."],
     ("rewrite", "plural"): ["Change one to two.", "Say it with two, not one.",
                             "Make it two instead of one.", "Now there are two, so say that."],
     ("classify", "tone"): ["Is the feeling good or bad?", "Does it feel good or bad?",
@@ -130,7 +130,7 @@ ASK |= {
 
 # INPUT: the form of each op's input. An op without an entry has no input.
 INPUT = {("rewrite", "polite"): "Give me the {thing}!",
-         ("rewrite", "past"): "{person} walks to the {place}.",
+         ("rewrite", "past"): "{person} waits at the {place}.",
          ("rewrite", "plural"): "{person} has a {thing}.",
          ("sort", "sort"): "{word}"}
 INPUT |= {op: "{text}" for op in [*ASK, ("same", "same"), ("line", "first"), ("line", "last")]

@@ -209,7 +209,7 @@ class Story(Wishes):
     ASK = ["Write a story about {person} and a {animal}.",
            "Tell me a story of {person} and a {animal}.",
            "I want to hear about {person} and a {animal}.",
-           "Make up a tale with {person} and a {animal} in it."]
+           "Make up a story with {person} and a {animal} in it."]
     ASK_WISH = dict(place="Let them meet at the {place}.",
                     thing="Let them find a {colour} {thing}.", food="Let them share {food}.",
                     mood="Make them {mood} in the end.", end="Finish with: The end.")
@@ -238,7 +238,7 @@ class Letter(Wishes):
 class Advert(Wishes):
     MAIN = ("food",)
     ASK = ["Write an advert for {food}.", "I need an advert for my {food}.",
-           "Help me sell my {food}.", "Tell people to buy {food}."]
+           "Help me sell my {food}.", "Tell buyers about my {food}."]
     ASK_WISH = dict(price="Say what it costs.", place="Send buyers to the {place}.",
                     effect="Say that it makes you {effect}.")
     PARTS = dict(
@@ -256,13 +256,13 @@ class Brainstorm(Kind):
     use = "brainstorm"
     ASK = dict(
         animal=["Name {number} animals.", "I need {number} animals for a game.",
-                "Can you think of {number} animals?", "List {number} animals, please."],
+                "Can you think of {number} animals?", "Give me {number} animals, please."],
         thing=["Name {number} nice gifts.", "Give me {number} ideas for a gift.",
-               "Can you think of {number} gifts?", "List {number} gifts, please."],
+               "Can you think of {number} gifts?", "Give me {number} gifts, please."],
         food=["Name {number} foods.", "I am hungry. Give me {number} ideas.",
-              "Can you think of {number} foods?", "List {number} foods, please."],
+              "Can you think of {number} foods?", "Give me {number} foods, please."],
         place=["Name {number} places to see.", "Where can we meet? Give me {number} ideas.",
-               "Can you think of {number} places?", "List {number} places, please."])
+               "Can you think of {number} places?", "Give me {number} places, please."])
 
     def make(self, pick, rng):
         return {"topic": rng.choice(list(self.ASK)), "number": pick("number")}
@@ -345,13 +345,13 @@ class OpenQA(Reply):
                    "Tell me what the {animal} eats.", "What food is good for the {animal}?"],
                   "The {animal} eats {feed}.", "{feed}.", 0.5),
         price=Form(["How much is the {food}?", "What does the {food} cost?",
-                    "Tell me the price of the {food}.", "What should I pay for the {food}?"],
+                    "Tell me the price of the {food}.", "What is the price of the {food}?"],
                    "The {food} costs {price} coins.", "{price}.", 0.5),
         ware=Form(["What does the {job} sell?", "What can I buy from the {job}?",
-                   "Tell me what the {job} sells.", "What does the {job} have for sale?"],
+                   "Tell me what the {job} sells.", "What can the {job} sell me?"],
                   "The {job} sells {ware}.", "{ware}.", 0.5),
         work=Form(["Where does the {job} work?", "Where can I find the {job}?",
-                   "Tell me where the {job} works.", "Where should I look for the {job}?"],
+                   "Tell me where the {job} works.", "Which place does the {job} work at?"],
                   "The {job} works at the {place}.", "{place}.", 0.5),
         age=Form(["How old is the {job}?", "What is the age of the {job}?",
                   "Tell me how old the {job} is.", "What age is the {job}?"],
@@ -360,10 +360,10 @@ class OpenQA(Reply):
                    "Tell me what the {animal} is called.", "What name does the {animal} have?"],
                   "The {animal} is called {person}.", "{person}.", 0),
         cost=Form(["How much is the {thing}?", "What does the {thing} cost?",
-                   "Tell me the price of the {thing}.", "What should I pay for the {thing}?"],
+                   "Tell me the price of the {thing}.", "What is the price of the {thing}?"],
                   "The {thing} costs {price} coins.", "{price}.", 0),
         meal=Form(["What did the {job} eat today?", "What did the {job} have for lunch?",
-                   "Tell me what the {job} ate today.", "What was the lunch of the {job}?"],
+                   "Tell me what the {job} ate today.", "What was the {job}'s lunch?"],
                   "The {job} had {food}.", "{food}.", 0))
 
     def make(self, pick, rng):
@@ -385,7 +385,7 @@ LIFE = dict(
     place=Life("{person} lives near the {place}.", "Where does {person} live?"),
     thing=Life("{person} lost a {thing}.", "What did {person} lose?"),
     food=Life("{person} likes {food}.", "What does {person} like?"),
-    job=Life("{person} is a {job}.", "What is the job of {person}?"),
+    job=Life("{person} is a {job}.", "What is {person}'s job?"),
     animal=Life("{person} owns a {animal}.", "Which animal does {person} own?"))
 NOUNS = dict(place="place", thing="object", food="food", job="job", animal="animal")
 
@@ -393,7 +393,7 @@ NOUNS = dict(place="place", thing="object", food="food", job="job", animal="anim
 def closed_qa_form(topic):
     statement, question = LIFE[topic]
     phrasings = ["{text} " + question, question + " {text}", "Read this: {text} " + question,
-                 "{text} Please answer: " + question]
+                 "{text} Please tell me: " + question]
     return Form(phrasings, statement, f"{{{topic}}}.", 0.5)
 
 
@@ -430,7 +430,7 @@ class Summary(Reply):
     use = "summary"
     FORMS = dict(
         story=Form(["Sum this up: {text}", "Say this in one sentence: {text}",
-                    "Make this shorter: {text}", "{text} Now say it in a few words."],
+                    "Make this shorter: {text}", "{text} Now make it shorter."],
                    "{person} found a {colour} {thing} at the {place}.",
                    "{person} found a {thing}.", 0.4))
 
@@ -495,10 +495,10 @@ class Other(Reply):
     use = "other"
     FORMS = dict(
         hanzi=Form(["How do you say {english} in Chinese?", "What is {english} in Chinese?",
-                    "What is the Chinese word for {english}?", "Give me the Chinese for {english}."],
+                    "What is the Chinese word for {english}?", "Tell me {english} in Chinese."],
                    "In Chinese it is {hanzi}.", "{hanzi}.", 0.5),
         english=Form(["What does {hanzi} mean?", "What is {hanzi} in English?",
-                      "What is the English word for {hanzi}?", "Give me the English for {hanzi}."],
+                      "What is the English word for {hanzi}?", "Tell me {hanzi} in English."],
                      "It means {english}.", "{english}.", 0.5),
         digit=Form(["What is {x} plus {y}?", "Add {x} and {y}.", "What do {x} and {y} make?",
                     "What is the sum of {x} and {y}?"],
@@ -517,7 +517,7 @@ class Chat(Reply):
     use = "chat"
     FORMS = dict(
         feel=Form(["I am {mood} today.", "I feel {mood}.", "Oh, I am so {mood}.",
-                   "A little {mood} today."],
+                   "How am I? I feel so {mood}."],
                   "I am {reaction} to hear that, {person}.", "I am {reaction} to hear that.", 0.5),
         name=Form(["Fine. What is my name?", "I am well. Do you know my name?", "Good. Who am I?",
                    "Fine. Now tell me my name."],

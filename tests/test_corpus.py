@@ -1,5 +1,6 @@
 """The files: no user in two splits, held-out phrasings held out, same bytes for the same seed."""
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -40,10 +41,20 @@ def test_the_last_phrasing_of_a_task_is_in_prompts_rephrased_alone(folder):
     def prompts(name):
         return [record["prompt"][-1]["content"] for record in records(folder, name)]
 
-    last = ("Make up a tale", "Tell people", "List")
+    last = ("Make up a story", "Can you write", "Tell buyers")
     for prompt in prompts("prompts_train"):
         assert not prompt.startswith(last)
     assert any(prompt.startswith(last) for prompt in prompts("prompts_rephrased"))
+
+
+def test_the_last_phrasing_has_no_word_that_pretraining_has_not(folder):
+    """It tests whether the model reads a new sentence, not whether it knows a new word."""
+    def words(text):
+        return set(re.findall(r"\w+", text))
+
+    known = set.union(*(words(path.read_text()) for path in (folder / "pretrain").glob("*.txt")))
+    for record in records(folder, "prompts_rephrased"):
+        assert words(record["prompt"][-1]["content"]) <= known
 
 
 def test_unanswerable_prompts_have_no_known_answer(folder):

@@ -7,6 +7,7 @@ asks for every topic in every wording and every manner.
 
 import functools
 import hashlib
+import json
 import random
 import re
 import subprocess
@@ -208,6 +209,81 @@ def test_the_audit_accepts_right_and_ideal_outputs(sweep):
     for a in rng.sample(sweep, 300):
         assert audit(a.task, right_output(a.task)) == RIGHT
         assert audit(a.task, tasks.ideal(a.task, rng)) == RIGHT
+
+
+# The English of the templates
+
+
+def filled(template):
+    """Yield (words, string): the template with every word in every slot, the others at random."""
+    rng = random.Random(template)
+    words = WORDS | tasks.MORE_WORDS | {"text": ["Tom is sad."], "output": ["cat and dog."]}
+    words["word"] = WORDS["animal"] + WORDS["colour"]
+    names = village.slots(template)
+    for slot in names or [None]:
+        for word in words[slot] if slot else [None]:
+            chosen = {name: rng.choice(words[name]) for name in names}
+            if slot:
+                chosen[slot] = word
+            yield chosen, template.format(**chosen)
+
+
+INSTRUCTIONS = {op: tasks.wordings(op) for op in tasks.OPS}
+MANNER_FORMS = [form for manner in tasks.MANNERS.values() for form in manner.wordings]
+
+
+def test_the_input_of_a_rewriting_is_the_sentence_that_the_village_rewrites():
+    for topic, form in tasks.ALL["rewrite"].FORMS.items():
+        sentence = tasks.INPUT["rewrite", topic]
+        assert all(sentence in phrasing for phrasing in form.phrasings)
+        assert form.short.rstrip(".") == sentence.rstrip(".!")
+
+
+def test_an_instruction_fits_one_wording_of_one_topic():
+    forms = [form for wordings in INSTRUCTIONS.values() for form in wordings] + MANNER_FORMS
+    assert len(set(forms)) == len(forms)
+    for form in forms:
+        for words, string in filled(form):
+            assert [f for f in forms if tasks.match(f, string) is not None] == [form]
+            assert tasks.match(form, string) == words
+
+
+def test_a_prompt_of_the_village_fits_one_topic(prompts):
+    for prompt in prompts:
+        fits = set()
+        for op in tasks.ASK:
+            for form in village.KINDS[op[0]].FORMS[op[1]].phrasings:
+                for span in tasks.spans(prompt.text) if "{text}" in form else [""]:
+                    if tasks.read_filled(op, form, prompt.text, span):
+                        fits.add(op)
+        expected = (prompt.task["kind"], prompt.task.get("topic"))
+        assert fits == ({expected} if expected in tasks.ASK else set()), prompt
+
+
+def test_instructions_and_inputs_read_as_english():
+    """a cat, an owl, one space, a capital and an end. The input of sort is a bare word."""
+    own = [form for kind in ("sort", "same", "line") for form in tasks.ALL[kind].FORMS.values()]
+    templates = [form for wordings in INSTRUCTIONS.values() for form in wordings]
+    templates += MANNER_FORMS + [manner.form for manner in tasks.MANNERS.values()]
+    templates += [form.full for form in own]
+    templates += [form for op, form in tasks.INPUT.items() if op != ("sort", "sort")]
+    for template in templates:
+        for _, string in filled(template):
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", string, re.I), string
+            assert not re.search(r"  | [.,!?:]", string), string
+            assert string[-1] in ".!?", string
+            assert template.startswith("{output}") or not string[0].islower(), string
+
+
+def test_the_four_wordings_of_an_instruction_differ_and_none_is_long():
+    """The fourth is held out, so no other may be in it or around it."""
+    for op, forms in INSTRUCTIONS.items():
+        plain = [" ".join(re.findall(r"[a-z{}]+", form.lower())) for form in forms]
+        assert len(set(plain)) == 4
+        for other in plain[:3]:
+            assert plain[3] not in other
+            assert op[0] == "closedqa" or other not in plain[3]
+        assert all(len(form.split()) <= 13 for form in forms)
 
 
 # Halves
@@ -612,6 +688,50 @@ def test_this_prompt_is_nonsense(prompt):
     assert tasks.read_prompt(prompt) == {"kind": "nonsense"}
 
 
+def test_the_prompts_to_try_in_the_readme_are_of_this_world():
+    _, after = (ROOT / "README.md").read_text(encoding="utf-8").split("Ten prompts to try")
+    _, block, _ = after.split("```", 2)
+    prompts = block.strip().split("\n")
+    assert len(prompts) == 10
+    for prompt in prompts:
+        assert tasks.read_prompt(prompt)["kind"] != "nonsense", prompt
+
+
+def readme_records():
+    """Return the records that data/README.md shows."""
+    lines = (ROOT / "data" / "README.md").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.startswith('{"')]
+
+
+def last_turn(text):
+    return text if isinstance(text, str) else text[-1]["content"]
+
+
+def test_the_comparisons_in_the_readme_agree_with_gold():
+    n = 0
+    for record in readme_records():
+        if "prompt" not in record:
+            continue
+        task = tasks.read_prompt(last_turn(record["prompt"]))
+        assert task["kind"] != "nonsense", record
+        pair = [record[key] for key in ("chosen", "rejected") if key in record]
+        responses = record.get("responses", pair)
+        ranks = record.get("ranks", range(len(pair)))
+        golds = [village.gold(task, last_turn(response)) for response in responses]
+        by_rank = [gold for _, gold in sorted(zip(ranks, golds))]
+        assert by_rank == sorted(set(by_rank), reverse=True), record
+        n += len(by_rank) > 1
+    assert n > 4
+
+
+def test_the_tasks_in_the_readme_are_right():
+    shown = [record for record in readme_records() if "instruction" in record]
+    assert len(shown) > 3
+    for record in shown:
+        for i in record.get("instances", [record]):
+            assert tasks.audit(record["instruction"], i["input"], i["output"]) == RIGHT, record
+
+
 # Pages
 
 
@@ -661,8 +781,8 @@ def held_out():
 
 
 def test_the_pattern_of_held_out_wordings_finds_them(held_out):
-    assert held_out.match("List two gifts, please.")
-    assert held_out.match("Tell people to buy pie. Say what it costs.")
+    assert held_out.match("Give me two gifts, please.")
+    assert held_out.match("Tell buyers about my pie. Say what it costs.")
     assert not held_out.match("Name two animals.")
 
 
@@ -672,7 +792,7 @@ def test_question_pages_ask_as_the_village_does_but_in_no_held_out_wording(held_
     for _ in range(12):
         for _, prompt in numbered_lines(tasks.question_page(rng)):
             assert not held_out.fullmatch(prompt)
-            assert not prompt.startswith(("Make up a tale", "Can you write", "Tell people"))
+            assert not prompt.startswith(("Make up a story", "Can you write", "Tell buyers"))
             kinds.add(tasks.read_prompt(prompt)["kind"])
     assert "nonsense" not in kinds
     assert len(kinds) > 8
