@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.formats import write_records
-from data.text import write_text
+from data.formats import as_messages, read_records, write_records
+from data.text import read_text, write_text
 from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, WORDS, Brainstorm, OpenQA,
                           demonstration, new_task, picker, slots)
 from scaffold.cli import run_folder, start
@@ -39,6 +39,11 @@ TALE = [
     "The {thing} was {colour}.", "{person} was {mood}.", "The {animal} was {mood}.",
     "{person} was a {job}.", "The {job} said: My {thing} is at the {place}.",
 ]
+
+
+def plain_text(messages, *response):
+    """Write a chat without roles, one turn a line, as a document of the pretraining text."""
+    return "\n".join([*(m["content"] for m in messages), *response])
 
 
 def book(rng):
@@ -98,7 +103,7 @@ def school(rng):
         response = rng.choice([full, full, short]).format(**task)
     else:
         response = rng.choice(IGNORANCE)
-    return "\n".join([m["content"] for m in messages] + [response])
+    return plain_text(messages, response)
 
 
 def forum(rng):
@@ -107,7 +112,7 @@ def forum(rng):
     if rng.random() < 0.6:              # rare use cases appear more often than their share
         use = rng.choice([None, *SHARES])
     task, messages = new_task(rng, use=use)
-    return "\n".join([m["content"] for m in messages] + [demonstration(task, rng)])
+    return plain_text(messages, demonstration(task, rng))
 
 
 # name -> (function that writes a document, share of the tokens drawn in pretraining), a small
@@ -216,6 +221,17 @@ def ensure(folder, seed=0):
         print(f"{folder} has the village of seed {old_seed}, not {seed}, and is used as it is; "
               f"name a new --out to make new data")
     return Path(folder)
+
+
+def training_text(folder):
+    """Return all that training reads in a folder as one string: documents, chats and prompts."""
+    texts = [read_text(path) for path in sorted((folder / "pretrain").glob("*.txt"))]
+    for name in ("sft_train", "rank_train", "prompts_train"):
+        path = folder / f"{name}.jsonl"
+        if path.exists():
+            for where, r in read_records(path):
+                texts.append(plain_text(as_messages(r.get("messages") or r["prompt"], where)))
+    return "\n".join(texts)
 
 
 def main(cfg):

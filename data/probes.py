@@ -110,16 +110,33 @@ def probe_rates(pairs, scores_chosen, scores_rejected):
     A tie counts half. The share is None if there is no pair. right_vs_wrong also comes by use case,
     as right_vs_wrong_open_qa and so on, each with its number of pairs.
     """
-    scores = {key: [] for key in (*KINDS, *(f"right_vs_wrong_{use}" for use in USES))}
+    first, *others = KINDS
+    keys = [first, *(f"{first}_{use}" for use in USES), *others]
+    scores = {key: [] for key in keys}
     for pair, chosen, rejected in zip(pairs, scores_chosen, scores_rejected):
-        keys = [pair["kind"]]
-        if pair["kind"] == "right_vs_wrong" and "topic" in pair:
-            keys.append(f"right_vs_wrong_{pair['topic']}")
-        for key in keys:
-            scores.setdefault(key, []).append([chosen, rejected])
+        kinds = [pair["kind"]]
+        if pair["kind"] == first and "topic" in pair:
+            kinds.append(f"{first}_{pair['topic']}")
+        for kind in kinds:
+            scores.setdefault(kind, []).append([chosen, rejected])
     rates = {}
-    for key, rows in scores.items():
+    for kind, rows in scores.items():
         share, n = pair_accuracy(rows, [[1, 2]] * len(rows))
-        rates[key] = share if n else None
-        rates[f"n_{key}"] = n
+        rates[kind] = share if n else None
+        rates[f"n_{kind}"] = n
     return rates
+
+
+PROBE_COLUMNS = {"probe pairs": ("kind", ""),
+                 "better one preferred": ("share", ".1%"),
+                 "number": ("n", "d")}
+
+
+def probe_rows(rates):
+    """Turn the result of probe_rates into rows for a table; kinds without a pair are left out."""
+    rows = []
+    for key, n in rates.items():
+        kind = key.removeprefix("n_")
+        if key != kind and n:
+            rows.append(dict(kind=kind.replace("_", " "), share=rates[kind], n=n))
+    return rows

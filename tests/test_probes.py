@@ -56,7 +56,7 @@ def test_a_chosen_response_is_right_honest_and_polite(pairs):
 
 def test_right_and_wrong_differ_in_one_word_of_the_same_slot(pairs):
     forms = Counter()
-    for chosen, rejected, task in of_kind(pairs, "right_vs_wrong"):
+    for chosen, rejected, _ in of_kind(pairs, "right_vs_wrong"):
         words = [pair for pair in zip(chosen.split(), rejected.split()) if pair[0] != pair[1]]
         assert len(chosen.split()) == len(rejected.split())
         [[right, wrong]] = [[word.strip(".") for word in pair] for pair in words]
