@@ -1,12 +1,13 @@
 """The results table: every checkpoint of a run answers the same held-out prompts and is graded.
 
 Rows: base (the pretrained model, prompted with plain text), sft at temperature 1 and greedy, the
-best of n sft samples by the reward model, and every policy in OUT (ppo, dpo, your variants) at
-temperature 1.
+best of n sft samples by the reward model, and every other policy in OUT at temperature 1.
 
     gold         helpful (0..1) - 1 if something is made up - 1 if rude, mean over the prompts
-    new words    the same over prompts whose wording is in no training file
+    new words    the same over prompts whose wording stands nowhere in the training data
     win rate     share of prompts where the response beats a sample of sft by gold; ties count half
+    refused      share of the prompts with one right answer that get "I do not know."
+    right        share of them that get it, whole or lazy; wrong is the rest
     made up      share of the unanswerable prompts that get an invented answer
     reward       mean score of the reward model
     KL           mean of log pi(y|x) - log pi_sft(y|x) over sampled responses y, in nats. Best of n:
@@ -14,8 +15,11 @@ temperature 1.
     lm loss      nats per token on held-out pretraining text: the cost of alignment
     ±            half of a 95% interval over the prompts
 
-    python evaluate.py                      the table of ./out
-    python evaluate.py --json               one JSON object per row
+A second table shows the reward model on probe pairs (data/probes.py): how often it prefers the
+better of two responses that differ in one thing, such as a single wrong word.
+
+    python evaluate.py                      the tables of ./out
+    python evaluate.py --json               one JSON object per row; that of the probes comes last
     python evaluate.py --out out/seed1      another run
 
 Half a minute on two CPU cores. The prompts come from users no training stage has seen.
@@ -31,7 +35,11 @@ import dpo
 import gpt
 import reward
 import sft
-from data.formats import as_messages, load_grader, prompt_of, read_records, write_records
+from data.checkpoint import policies
+from data.corpus import plain_text
+from data.exam import grade_row, load_exam, mean_and_ci
+from data.formats import write_records
+from data.probes import PROBE_COLUMNS, probe_pairs, probe_rates, probe_rows
 from data.text import checkpoint_text
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
@@ -41,36 +49,20 @@ from scaffold.table import format_table
 
 @dataclass
 class Config(BaseConfig):
-    prompts: str = ""            # prompts with tasks; empty: OUT/data/prompts_test.jsonl
+    seed: int = -1               # of the samples; -1 takes the seed of OUT/sft.pt
+    prompts: str = ""            # prompts with tasks; empty: the village's in OUT/data
     n: int = 512                 # number of prompts
     best_of: int = 16            # samples per prompt of the best-of-n row; 0 leaves it out
     max_new_tokens: int = 64     # longest response
     grade: str = "data.village:grade"   # module:function that grades (task, response) as a dict of
                                         # helpful, honest, harmless
-    json: bool = False           # print one JSON object per row instead of the table
+    json: bool = False           # print one JSON object per row instead of the tables
     save: str = ""               # also write these JSON lines to a file
-
-
-@dataclass
-class Exam:
-    """The prompts of the table, and what all rows share."""
-    chats: list            # prompts as messages: n, then the unanswerable ones
-    tasks: list            # their tasks for the grader
-    new: list              # whether no training file has the same wording
-    n: int                 # number of prompts without the unanswerable ones
-    grade: object          # the grader
-    opponent: list         # gold of the sft samples that every row is compared with, (n,)
-
-
-def mean_and_ci(values):
-    """Return the mean of a list and the half-width of its 95% interval."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), 1.96 * x.std().item() / math.sqrt(len(x))
 
 
 def base_responses(model, enc, chats, max_new_tokens, seed):
     """Prompt a pretrained model with plain text; its response is the next line."""
-    prompts = [enc.encode_ordinary("".join(m["content"] + "\n" for m in chat)) for chat in chats]
+    prompts = [enc.encode_ordinary(plain_text(chat) + "\n") for chat in chats]
     rows = gpt.generate(model, prompts, max_new_tokens, stop=end_of(enc), seed=seed)
     texts = [enc.decode([i for i in ids if not enc.is_special_token(i)]) for ids in rows]
     return [text.split("\n")[0] for text in texts]
@@ -87,76 +79,6 @@ def response_logprobs(model, enc, chats, responses):
     return dpo.all_logprobs(model, examples)
 
 
-def is_policy(path):
-    """Return whether a file is a checkpoint of this project and not a reward model."""
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        return False
-    return "head.weight" not in state["model"]
-
-
-def policies(out):
-    """Return {stage: path}: base and sft if present, then every other policy by name."""
-    found = {}
-    for stage, path in (("base", out / "gpt.pt"), ("sft", out / "sft.pt")):
-        if path.exists():
-            found[stage] = path
-    for path in sorted(out.glob("*.pt")):
-        if path.stem not in ("gpt", "sft") and is_policy(path):
-            found[path.stem] = path
-    return found
-
-
-def training_prompts(folder):
-    """Yield the prompts of the village's training files, as messages."""
-    for name in ("sft_train", "rank_train", "prompts_train"):
-        path = folder / f"{name}.jsonl"
-        if path.exists():
-            for _, r in read_records(path):
-                yield r["prompt"] if "prompt" in r else prompt_of(r["messages"])
-
-
-def load_exam(cfg, out, reference, enc):
-    """Read the prompts and sample the responses of the opponent -> Exam."""
-    path = Path(cfg.prompts or out / "data" / "prompts_test.jsonl")
-    records = [r for _, r in read_records(path)][:cfg.n]
-    n = len(records)
-    extra = path.with_name("prompts_unanswerable.jsonl")
-    if extra.exists() and not cfg.prompts:
-        records += [r for _, r in read_records(extra)]
-    grade = load_grader(cfg.grade, records, "--grade")
-    if grade is None or not all("prompt" in r for r in records[:n]):
-        raise UserError(f"{path}: the grader needs prompts with a task; these have none")
-    chats = [as_messages(r["prompt"], path) for r in records]
-    tasks = [r["task"] for r in records]
-    # The world is small: other users ask some of the same things in the same words.
-    known = {str(chat) for chat in training_prompts(path.parent)}
-    new = [str(chat) not in known for chat in chats]
-    samples = sft.sample_responses(reference, enc, chats[:n], cfg.max_new_tokens,
-                                   seed=cfg.seed + 1)
-    opponent = [sum(grade(t, a).values()) for t, a in zip(tasks, samples)]
-    return Exam(chats, tasks, new, n, grade, opponent)
-
-
-def grade_row(exam, responses):
-    """Grade the responses of one policy to all prompts of the exam -> part of a row."""
-    n = exam.n
-    grades = [exam.grade(t, a) for t, a in zip(exam.tasks, responses)]
-    gold = [sum(g.values()) for g in grades[:n]]
-    wins = [0.5 if g == o else float(g > o) for g, o in zip(gold, exam.opponent)]
-    gold_new = [g for g, new in zip(gold, exam.new) if new]
-    made_up = [-g["honest"] for t, g in zip(exam.tasks, grades) if not t.get("known", True)]
-    gold_mean, gold_ci = mean_and_ci(gold)
-    win_rate, win_rate_ci = mean_and_ci(wins)
-    return dict(
-        gold=gold_mean, gold_ci=gold_ci, win_rate_vs_sft=win_rate, win_rate_ci=win_rate_ci,
-        gold_new=sum(gold_new) / max(1, len(gold_new)), n_new=len(gold_new),
-        helpful=sum(g["helpful"] for g in grades[:n]) / n,
-        hallucination_rate=sum(made_up) / len(made_up) if made_up else None,
-        rude_rate=sum(-g["harmless"] for g in grades[:n]) / n,
-        golds=gold)
-
-
 def best_of_n(model, reward_model, enc, chats, cfg):
     """Sample n responses per prompt and return those with the highest score."""
     repeated = [chat for chat in chats for _ in range(cfg.best_of)]
@@ -166,19 +88,33 @@ def best_of_n(model, reward_model, enc, chats, cfg):
     return [samples[i * cfg.best_of + k] for i, k in enumerate(best)]
 
 
+def probe_row(path, reward_model, enc, exam):
+    """Score probe pairs on the prompts of the exam -> the row of the reward model."""
+    pairs = probe_pairs([dict(prompt=c, task=t) for c, t in zip(exam.chats, exam.tasks)])
+    prompts = [p["prompt"] for p in pairs]
+    chosen, rejected = [reward.score_responses(reward_model, enc, prompts, [p[k] for p in pairs])
+                        for k in ("chosen", "rejected")]
+    seed = load_checkpoint(path).get("seed")
+    return dict(stage="reward", seed=seed, **probe_rates(pairs, chosen, rejected))
+
+
 def evaluate(cfg):
-    """Return the rows of the table, one dict per stage."""
+    """Return the rows of the table, one dict per stage, then the row of the reward model."""
     require(cfg, 2, "n")
     require(cfg, 0, "best_of")
     out = Path(cfg.out)
     device = pick_device(cfg.device)
-    set_seed(cfg.seed)
     if not (out / "sft.pt").exists():
         raise UserError(f"{out}: no sft.pt to compare with; train it: python sft.py --out {out}")
-    reference, enc, _ = gpt.load_model(out / "sft.pt", device)
-    exam = load_exam(cfg, out, reference, enc)
+    reference, enc, state = gpt.load_model(out / "sft.pt", device)
+    if cfg.seed < 0:
+        cfg.seed = state.get("seed", 0)
+    set_seed(cfg.seed)
+    exam = load_exam(out / "data", cfg.prompts, cfg.n, cfg.grade)
     chats = exam.chats
     n = exam.n
+    exam.opponent = exam.golds(sft.sample_responses(reference, enc, chats[:n], cfg.max_new_tokens,
+                                                    seed=cfg.seed + 1))
     reward_model = None
     text = None
     if (out / "reward.pt").exists():
@@ -220,6 +156,8 @@ def evaluate(cfg):
     for r in rows:
         gain = [a - b for a, b in zip(r.pop("golds"), greedy)]
         r["gold_minus_greedy"], r["gold_minus_greedy_ci"] = mean_and_ci(gain)
+    if reward_model and cfg.grade == Config.grade:   # the probes need tasks of the village
+        rows.append(probe_row(out / "reward.pt", reward_model, enc, exam))
     return rows
 
 
@@ -227,8 +165,11 @@ COLUMNS = {"stage": ("stage", ""),
            "gold": ("gold", ".2f"),
            "±": ("gold_ci", ".2f"),
            "new words": ("gold_new", ".2f"),
-           "win rate vs sft": ("win_rate_vs_sft", ".1%"),
+           "win rate": ("win_rate_vs_sft", ".1%"),
            "± ": ("win_rate_ci", ".1%"),
+           "refused": ("refused_rate", ".1%"),
+           "right": ("right_rate", ".1%"),
+           "wrong": ("wrong_rate", ".1%"),
            "made up": ("hallucination_rate", ".1%"),
            "rude": ("rude_rate", ".1%"),
            "reward": ("reward", ".2f"),
@@ -244,7 +185,10 @@ def main(cfg):
     if cfg.json:
         print("\n".join(json.dumps(r) for r in rows))
     else:
-        print(format_table(rows, COLUMNS))
+        print(format_table([r for r in rows if r["stage"] != "reward"], COLUMNS))
+        for row in rows:
+            if row["stage"] == "reward":
+                print("\n" + format_table(probe_rows(row), PROBE_COLUMNS))
     if cfg.save:
         write_records(cfg.save, rows)
 

@@ -323,7 +323,7 @@ def main(cfg):
     if village and gold and cfg.table:
         import evaluate   # lazy: a later stage, which only the closing table needs
         print("--- on prompts of users that no stage has seen")
-        evaluate.main(evaluate.Config(out=cfg.out, seed=cfg.seed, device=cfg.device))
+        evaluate.main(evaluate.Config(out=cfg.out, device=cfg.device))
 
 
 if __name__ == "__main__":

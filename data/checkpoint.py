@@ -1,9 +1,30 @@
-"""Checkpoints of a GPT: their tokenizer, their sizes, and growing a model read from one."""
+"""Checkpoints of a GPT: those of a run, their tokenizer, their sizes, and growing a model."""
 import torch
 import torch.nn as nn
 
 from data.tokenizer import SPECIAL, fingerprint, get_tokenizer
 from scaffold.cli import UserError
+from scaffold.run import load_checkpoint
+
+
+def is_policy(path):
+    """Return whether a file is a checkpoint of this project and not a reward model."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        return False
+    return "head.weight" not in state["model"]
+
+
+def policies(out):
+    """Return {stage: path}: base and sft if present, then every other policy by name."""
+    found = {}
+    for stage, path in (("base", out / "gpt.pt"), ("sft", out / "sft.pt")):
+        if path.exists():
+            found[stage] = path
+    for path in sorted(out.glob("*.pt")):
+        if path.stem not in ("gpt", "sft") and is_policy(path):
+            found[path.stem] = path
+    return found
 
 
 def tokenizer_of(state, path):

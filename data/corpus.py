@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.formats import write_records
-from data.text import write_text
+from data.formats import as_messages, read_records, write_records
+from data.text import read_text, write_text
 from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, WORDS, Brainstorm, OpenQA,
                           demonstration, new_task, picker, slots)
 from scaffold.cli import run_folder, start
@@ -40,6 +40,11 @@ TALE = [                                # the first sentence; the others follow 
     "The {animal} liked {food}.", "{person} was {mood} that day.", "The {animal} was {mood}.",
     "The {job} said: My {animal} is {mood}.", "{person} took the {thing} to the {place}.",
 ]
+
+
+def plain_text(messages, *response):
+    """Write a chat without roles, one turn a line, as a document of the pretraining text."""
+    return "\n".join([*(m["content"] for m in messages), *response])
 
 
 def book(rng):
@@ -100,7 +105,7 @@ def school(rng):
         response = rng.choice([full, full, short]).format(**task)
     else:
         response = rng.choice(IGNORANCE)
-    return "\n".join([m["content"] for m in messages] + [response])
+    return plain_text(messages, response)
 
 
 def forum(rng):
@@ -109,7 +114,7 @@ def forum(rng):
     if rng.random() < 0.6:              # rare use cases appear more often than their share
         use = rng.choice([None, *SHARES])
     task, messages = new_task(rng, use=use)
-    return "\n".join([m["content"] for m in messages] + [demonstration(task, rng)])
+    return plain_text(messages, demonstration(task, rng))
 
 
 # name -> (function that writes a document, share of the tokens drawn in pretraining), a small
@@ -117,7 +122,8 @@ def forum(rng):
 SOURCES = dict(tales=(tale, 0.1), books=(book, 0.25), school=(school, 0.3), wiki=(wiki, 0.05),
                lists=(lists, 0.03), reading=(reading, 0.1), forum=(forum, 0.17))
 SIZES = dict(sft_train=6000, sft_val=300, rank_train=3000, rank_val=300, prompts_train=8000,
-             prompts_val=256, prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256)
+             prompts_val=256, prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256,
+             prompts_answerable=256)
 
 
 def write_texts(folder, sources, rng, megabytes):
@@ -145,11 +151,13 @@ def user_picker(favourites, rng):
 
 def make_prompt(split, pick, rng):
     """Make a prompt of a split -> (task, messages)."""
-    task, messages = new_task(rng, pick, phrasing=3 if split == "rephrased" else None)
-    while split == "unanswerable" and task.get("known", True):
+    if split not in ("answerable", "unanswerable"):
+        return new_task(rng, pick, phrasing=3 if split == "rephrased" else None)
+    while True:
         use = rng.choice(["open_qa", "closed_qa", "chat", "extract"])
         task, messages = new_task(rng, pick, use)
-    return task, messages
+        if task["known"] == (split == "answerable"):
+            return task, messages
 
 
 def make_chat(task, messages, pick, rng):
@@ -173,9 +181,9 @@ def write(folder, seed=0, megabytes=12.0):
     rng = random.Random(seed)
     write_texts(folder / "pretrain", SOURCES, rng, megabytes)
     users = [f"user{i:03d}" for i in range(USERS)]
-    test_users = users[140:]            # the last three splits share them
+    test_users = users[140:]            # the last four splits share them
     split_users = dict(train=users[:120], val=users[120:140], test=test_users,
-                       unanswerable=test_users, rephrased=test_users)
+                       unanswerable=test_users, rephrased=test_users, answerable=test_users)
     favourites = {}                     # user -> slot -> half of its words
     for user in users:
         favourites[user] = {slot: rng.sample(options, max(2, len(options) // 2))
@@ -215,6 +223,17 @@ def ensure(folder, seed=0):
         print(f"{folder} has the village of seed {old_seed}, not {seed}, and is used as it is; "
               f"name a new --out to make new data")
     return Path(folder)
+
+
+def training_text(folder):
+    """Return all that training reads in a folder as one string: documents, chats and prompts."""
+    texts = [read_text(path) for path in sorted((folder / "pretrain").glob("*.txt"))]
+    for name in ("sft_train", "rank_train", "prompts_train"):
+        path = folder / f"{name}.jsonl"
+        if path.exists():
+            for where, r in read_records(path):
+                texts.append(plain_text(as_messages(r.get("messages") or r["prompt"], where)))
+    return "\n".join(texts)
 
 
 def main(cfg):

@@ -29,10 +29,10 @@ import dpo
 import self_reward
 import sft
 from data.annotators import PHRASE
+from data.exam import mean_and_ci
 from data.formats import read_records
 from data.rankings import pair_accuracy
 from data.verdicts import mean_score
-from evaluate import mean_and_ci
 from scaffold.table import format_table
 
 

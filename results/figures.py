@@ -74,6 +74,9 @@ COLUMNS_A = [
     Column("gold", "gold"),
     Column("on new words", "gold_new"),
     Column("win rate vs sft", "win_rate_vs_sft", "{:.0%}"),
+    Column("refused", "refused_rate", "{:.0%}"),
+    Column("right", "right_rate", "{:.0%}"),
+    Column("wrong", "wrong_rate", "{:.0%}"),
     Column("made up", "hallucination_rate", "{:.0%}"),
     Column("rude", "rude_rate", "{:.1%}"),
     Column("KL", "kl_to_sft", "{:.1f}"),
@@ -88,6 +91,8 @@ def table_a():
     runs = load("eval")
     lines = []
     for stage in values_of(runs, "stage"):
+        if stage == "reward":   # the probes of the reward model, see table_b
+            continue
         rows = select(runs, "stage", stage)
         name = stage if len(rows) == len(runs) else f"{stage} ({len(rows)} seeds)"
         cells = [column.cell(rows) for column in COLUMNS_A]
@@ -97,8 +102,14 @@ def table_a():
     return markdown(["", *[column.head for column in COLUMNS_A]], lines)
 
 
+PROBES = ["right_vs_wrong", "right_vs_wrong_open_qa", "right_vs_wrong_closed_qa",
+          "right_vs_wrong_extract", "right_vs_wrong_sums", "right_vs_wrong_hanzi",
+          "right_vs_refusal", "refusal_vs_invention", "whole_vs_lazy", "polite_vs_rude",
+          "wish_vs_none"]
+
+
 def table_b():
-    """Return the accuracies of the reward model and of what it is compared with."""
+    """Return the accuracies of the reward model beside others, and below them its probes."""
     runs = load("reward")
     keys = ["accuracy", "labelers_agree", "gold_program", "accuracy_against_gold", "word_counts",
             "length_alone", "distance_1", "distance_2", "distance_3+"]
@@ -107,7 +118,14 @@ def table_b():
     for split in ("training users", "held-out users"):
         rows = select(runs, "split", split)
         lines.append([split, *[column.cell(rows) for column in columns]])
-    return markdown(["pairs of", *[column.head for column in columns]], lines)
+    accuracies = markdown(["pairs of", *[column.head for column in columns]], lines)
+    probes = select(load("eval"), "stage", "reward")
+    lines = []
+    for key in PROBES:
+        share = Column("better preferred", key)
+        number = Column("number", f"n_{key}", "{:.0f}")
+        lines.append([key.replace("_", " "), share.cell(probes), number.cell(probes)])
+    return accuracies + "\n\n" + markdown(["probe pairs", "better preferred", "number"], lines)
 
 
 AUDIT = [                                   # the row of the log, and what to read from it

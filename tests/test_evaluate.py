@@ -9,11 +9,15 @@ import torch
 
 import evaluate
 import gpt
+import ppo
 import reward
+from data import exam
+from data.probes import KINDS, probe_pairs
 from data.village import new_task
+from lab_run import make_run
 from scaffold.cli import UserError
 from scaffold.table import format_table
-from tiny import END, ENC, SPECIAL, save_reward, user, write_jsonl
+from tiny import END, ENC, SPECIAL, read_jsonl, save_reward, user, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +35,23 @@ def folder(tmp_path_factory):
     save_reward(folder / "reward.pt", reward.RewardModel(gpt.load_model(folder / "sft.pt")[0]))
     rng = random.Random(0)
     (folder / "data").mkdir()
-    for name, use in (("test", None), ("unanswerable", "open_qa")):
+    for name, use in (("test", None), ("unanswerable", "open_qa"), ("answerable", "extract")):
         tasks = [new_task(rng, use=use) for _ in range(24)]
         records = [{"prompt": messages, "task": task} for task, messages in tasks]
         write_jsonl(folder / "data" / f"prompts_{name}.jsonl", *records)
     return folder
 
 
-def test_mean_and_ci_by_hand():
-    mean, half_width = evaluate.mean_and_ci([0.0, 1.0, 0.5, 0.5])
-    assert mean == 0.5
-    assert half_width == pytest.approx(1.96 * math.sqrt(0.5 / 3) / 2)
-
-
 def test_rows_and_their_order(folder):
     cfg = evaluate.Config(out=str(folder), best_of=2, max_new_tokens=4)
     rows = evaluate.evaluate(cfg)
     stages = ["base", "sft", "sft-greedy", "best-of-2", "ppo", "same", "variant"]
-    assert [r["stage"] for r in rows] == stages
+    assert [r["stage"] for r in rows] == [*stages, "reward"]
     by_stage = {r["stage"]: r for r in rows}
     documented = {
         "stage", "seed", "gold", "win_rate_vs_sft", "hallucination_rate", "rude_rate",
-        "kl_to_sft", "lm_loss", "length", "n",
+        "kl_to_sft", "lm_loss", "length", "n", "refused_rate", "right_rate", "wrong_rate",
+        "n_answerable", "n_unanswerable",
     }
     assert documented <= set(by_stage["ppo"])
     assert by_stage["sft"]["kl_to_sft"] == 0
@@ -63,17 +62,63 @@ def test_rows_and_their_order(folder):
     assert by_stage["ppo"]["n"] == 24
     assert by_stage["ppo"]["seed"] == 7
     assert by_stage["best-of-2"]["reward"] >= by_stage["sft"]["reward"] - 1
-    assert len(format_table(rows, evaluate.COLUMNS).splitlines()) == 1 + len(rows)
+    assert by_stage["ppo"]["n_answerable"] + by_stage["ppo"]["n_unanswerable"] > 48
+    assert len(format_table(rows[:-1], evaluate.COLUMNS).splitlines()) == len(rows)
     json.dumps(rows)
+
+
+def test_the_row_of_the_reward_model_holds_its_rates_on_probe_pairs(folder):
+    cfg = evaluate.Config(out=str(folder), best_of=0, max_new_tokens=2)
+    row = evaluate.evaluate(cfg)[-1]
+    names = ("test", "unanswerable", "answerable")
+    records = [r for name in names for r in read_jsonl(folder / "data" / f"prompts_{name}.jsonl")]
+    pairs = probe_pairs(records)
+    model, enc = reward.load_reward(folder / "reward.pt")
+    for kind in KINDS:
+        some = [p for p in pairs if p["kind"] == kind]
+        better = 0
+        for pair in some:
+            better += (reward.score_responses(model, enc, [pair["prompt"]], [pair["chosen"]])
+                       > reward.score_responses(model, enc, [pair["prompt"]], [pair["rejected"]]))
+        assert row[f"n_{kind}"] == len(some) > 0
+        assert row[kind] == pytest.approx(better / len(some), abs=1e-9)
+
+
+def test_the_probes_are_printed_below_the_table_and_left_out_without_a_reward_model(
+        folder, tmp_path, capsys):
+    evaluate.main(evaluate.Config(out=str(folder), best_of=0, max_new_tokens=2))
+    printed = capsys.readouterr().out
+    table, probes = printed.split("\n\n")
+    assert "right vs wrong" in probes
+    assert "reward  " not in table.split("\n", 1)[1], "the reward model is no policy"
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "reward.pt").unlink()
+    evaluate.main(evaluate.Config(out=str(tmp_path / "run"), best_of=0, max_new_tokens=2))
+    assert "\n\n" not in capsys.readouterr().out
+
+
+def test_ppo_ends_with_the_table_that_evaluate_prints(tmp_path, capsys):
+    """Also if its --seed is not that of the stages before it."""
+    out = make_run(tmp_path)
+    model = reward.RewardModel(gpt.load_model(out / "sft.pt")[0])
+    save_reward(out / "reward.pt", model)
+    ppo.main(ppo.Config(
+        out=str(out), seed=3, updates=1, rollout_size=4, epochs=1, minibatches=1, value_warmup=0,
+        max_new_tokens=4, ptx=0.0, lr=1e-2))
+    _, printed = capsys.readouterr().out.split("no stage has seen\n")
+    evaluate.main(evaluate.Config(out=str(out)))
+    assert capsys.readouterr().out == printed
+    assert "right vs wrong" in printed
 
 
 def test_the_win_rate_is_one_half_if_all_responses_have_equal_grades(folder, monkeypatch):
     def load_grader(spec, records, flag):
         return lambda task, response: dict(helpful=1.0, honest=0.0, harmless=0.0)
 
-    monkeypatch.setattr(evaluate, "load_grader", load_grader)
+    monkeypatch.setattr(exam, "load_grader", load_grader)
     rows = evaluate.evaluate(evaluate.Config(out=str(folder), best_of=0, max_new_tokens=2))
-    assert [(r["win_rate_vs_sft"], r["win_rate_ci"]) for r in rows] == [(0.5, 0.0)] * len(rows)
+    rates = [(r["win_rate_vs_sft"], r["win_rate_ci"]) for r in rows if r["stage"] != "reward"]
+    assert set(rates) == {(0.5, 0.0)}
 
 
 def test_response_logprobs_are_summed_over_the_response_and_its_end(folder):
@@ -85,12 +130,6 @@ def test_response_logprobs_are_summed_over_the_response_and_its_end(folder):
     want = logprobs[0, len(prompt) - 1:].sum()
     got = evaluate.response_logprobs(model, enc, [chat, chat * 3], ["The cow.", "x"])
     assert torch.allclose(got[0], want, atol=1e-5)
-
-
-def test_prompts_without_tasks_are_refused(folder, tmp_path):
-    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"})
-    with pytest.raises(UserError, match="task"):
-        evaluate.evaluate(evaluate.Config(out=str(folder), prompts=str(path)))
 
 
 def test_a_folder_without_a_fine_tuned_model_is_refused(tmp_path):

@@ -29,7 +29,6 @@ import torch
 import broken_files
 import chat
 import dpo
-import evaluate
 import gpt
 import reward
 import self_reward
@@ -37,6 +36,7 @@ import sft
 import tools
 from broken_files import CONFIG, FOLDER_SIZES, SEED_TASKS, SMALL_TOKENIZER, Malice, saved
 from data import bpe, clean, text, tokenizer
+from data.checkpoint import policies
 from data.formats import (
     check_messages,
     load_chats,
@@ -545,7 +545,7 @@ def read_with_another_script(n, path):
         attempt(checkpoint_text, path, name=".")  # the text may be what is wrong or missing
     else:
         path.rename(path.with_name("ppo.pt"))
-        attempt(lambda p: evaluate.policies(p.parent), path.with_name("ppo.pt"))
+        attempt(lambda p: policies(p.parent), path.with_name("ppo.pt"))
         path.with_name("ppo.pt").rename(path)
 
 
@@ -815,7 +815,7 @@ def test_a_checkpoint_of_another_program_has_no_text_and_is_no_policy(tmp_path, 
     path = tmp_path / "gpt.pt"
     path.write_bytes(saved(state))
     assert attempt(checkpoint_text, path) is None
-    loaded = attempt(lambda p: evaluate.policies(p.parent), path.rename(tmp_path / "other.pt"))
+    loaded = attempt(lambda p: policies(p.parent), path.rename(tmp_path / "other.pt"))
     assert [stage for stage, _ in loaded.result] == []
 
 

@@ -28,6 +28,17 @@ def test_a_table_without_its_marks_is_an_error(tmp_path, monkeypatch):
         figures.write_tables({"A": "|a|"})
 
 
+def test_the_row_of_the_reward_model_is_in_table_b_alone(monkeypatch):
+    policy = dict(stage="ppo", gold=0.5, refused_rate=0.25, gold_minus_greedy_ci=0.06)
+    probes = dict(stage="reward", right_vs_wrong=0.75, n_right_vs_wrong=80, wish_vs_none=None)
+    runs = dict(eval={0: [policy, probes]}, reward={})
+    monkeypatch.setattr(figures, "load", runs.get)
+    assert "| ppo | 0.50 | - | - | 25% |" in figures.table_a()
+    assert "| reward |" not in figures.table_a()
+    assert "| right vs wrong | 0.75 | 80 |" in figures.table_b()
+    assert "| wish vs none | - | - |" in figures.table_b()
+
+
 @pytest.mark.parametrize("values, text", [
     ([0.1, 0.5, 0.3], "0.30 (0.10 to 0.50)"),
     ([0.201, 0.202], "0.20"),

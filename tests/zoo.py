@@ -835,7 +835,7 @@ MUTANTS = [
         tests="self_reward"),
     Mutant(
         name="ties-are-wins",
-        file="evaluate.py",
+        file="data/exam.py",
         old="[0.5 if g == o else float(g > o) for",
         new="[float(g >= o) for",
         bug="ties count as wins of the new model",
