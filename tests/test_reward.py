@@ -11,7 +11,7 @@ import gpt
 import reward
 import sft
 from data import labelers
-from data.rankings import pair_accuracy, report, word_scores
+from data.rankings import aligned, pair_accuracy, report, targets, word_scores
 from data.text import pad
 from data.tokenizer import fingerprint
 from reward import Comparison
@@ -208,7 +208,7 @@ def test_aligned_finds_every_pair_and_the_tokens_that_both_have():
     T = 9
     comparisons = [comparison([2, 1, 2], [3, 1, 4], 2), comparison([1, 2], [2, 2], 4)]
     scores = torch.randn(5, T)
-    better, worse, mask = reward.aligned(scores, comparisons)
+    better, worse, mask = aligned(scores, comparisons)
     want = []
     first = 0  # row of the comparison's first response in `scores`
     for c in comparisons:
@@ -225,8 +225,8 @@ def test_aligned_finds_every_pair_and_the_tokens_that_both_have():
 
 
 def test_targets_are_centred_scores_or_else_ranks():
-    assert reward.targets(dict(ranks=[1, 2, 3])).tolist() == [1, 0, -1]
-    assert reward.targets(dict(ranks=[1, 2], scores=[0.5, 2.5])).tolist() == [-1, 1]
+    assert targets(dict(ranks=[1, 2, 3])).tolist() == [1, 0, -1]
+    assert targets(dict(ranks=[1, 2], scores=[0.5, 2.5])).tolist() == [-1, 1]
 
 
 # The model
