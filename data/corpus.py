@@ -115,7 +115,8 @@ def forum(rng):
 SOURCES = dict(tales=(tale, 0.1), books=(book, 0.25), school=(school, 0.3), wiki=(wiki, 0.05),
                lists=(lists, 0.03), reading=(reading, 0.1), forum=(forum, 0.17))
 SIZES = dict(sft_train=6000, sft_val=300, rank_train=3000, rank_val=300, prompts_train=8000,
-             prompts_val=256, prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256)
+             prompts_val=256, prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256,
+             prompts_answerable=256)
 
 
 def write_texts(folder, sources, rng, megabytes):
@@ -143,11 +144,13 @@ def user_picker(favourites, rng):
 
 def make_prompt(split, pick, rng):
     """Make a prompt of a split -> (task, messages)."""
-    task, messages = new_task(rng, pick, phrasing=3 if split == "rephrased" else None)
-    while split == "unanswerable" and task.get("known", True):
+    if split not in ("answerable", "unanswerable"):
+        return new_task(rng, pick, phrasing=3 if split == "rephrased" else None)
+    while True:
         use = rng.choice(["open_qa", "closed_qa", "chat", "extract"])
         task, messages = new_task(rng, pick, use)
-    return task, messages
+        if task["known"] == (split == "answerable"):
+            return task, messages
 
 
 def make_chat(task, messages, pick, rng):
@@ -171,9 +174,9 @@ def write(folder, seed=0, megabytes=12.0):
     rng = random.Random(seed)
     write_texts(folder / "pretrain", SOURCES, rng, megabytes)
     users = [f"user{i:03d}" for i in range(USERS)]
-    test_users = users[140:]            # the last three splits share them
+    test_users = users[140:]            # the last four splits share them
     split_users = dict(train=users[:120], val=users[120:140], test=test_users,
-                       unanswerable=test_users, rephrased=test_users)
+                       unanswerable=test_users, rephrased=test_users, answerable=test_users)
     favourites = {}                     # user -> slot -> half of its words
     for user in users:
         favourites[user] = {slot: rng.sample(options, max(2, len(options) // 2))

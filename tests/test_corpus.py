@@ -46,9 +46,11 @@ def test_the_last_phrasing_of_a_task_is_in_prompts_rephrased_alone(folder):
     assert any(prompt.startswith(last) for prompt in prompts("prompts_rephrased"))
 
 
-def test_unanswerable_prompts_have_no_known_answer(folder):
-    for record in records(folder, "prompts_unanswerable"):
-        assert record["task"]["known"] is False
+@pytest.mark.parametrize("name, known", [("answerable", True), ("unanswerable", False)])
+def test_answerable_and_unanswerable_prompts_have_the_same_use_cases(folder, name, known):
+    tasks = [record["task"] for record in records(folder, f"prompts_{name}")]
+    assert {task["known"] for task in tasks} == {known}
+    assert {task["use"] for task in tasks} == {"open_qa", "closed_qa", "extract", "chat"}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(tmp_path, folder):
