@@ -7,7 +7,7 @@ stays in the beam as it is, until likelier ones push it out. Responses are ranke
     log p(y|x) = sum_t log p(y_t | x, y_<t)        the end token included
 
 This sum is not divided by the length, so a short response ranks above a longer one whose tokens are
-as likely. The responses of a beam differ from each other, but often in a word only.
+as likely. The responses of a beam are all different, while samples of a likely one repeat it.
 
 Letters: P prompts, W responses per prompt, N rows of the cache, V vocabulary.
 """
@@ -45,25 +45,26 @@ def beam_search(model, prompts, width, max_new_tokens, stop):
     cache = gpt.KVCache(model, *ids.shape)
     states = model.hidden(ids, cache)                                         # (P, T, C)
     cache.fill(lengths)
-    prompt = torch.arange(len(prompts), device=device)[:, None]               # (P, 1)
+    prompt = torch.arange(len(prompts), device=device)[:, None]   # (P, 1), an index
     states = states[prompt[:, 0], cache.lengths - 1]                          # (N, C), N = P
-    # The first beam holds one response, the empty one. Only open responses have a cache row.
+    # Each beam starts with one response, the empty one. Only open responses have a cache row.
     tokens = prompt.new_zeros(len(prompts), 1, 0)                             # (P, W, t)
     totals = torch.zeros(len(prompts), 1, device=device)                      # (P, W)
-    is_open = totals == 0                                                     # (P, W)
+    is_open = torch.ones_like(totals, dtype=torch.bool)                       # (P, W)
     while is_open.any():
         logprobs = totals.new_full((*totals.shape, V), -math.inf)             # (P, W, V)
-        logprobs[:, :, 0] = 0   # an ended response has one continuation: itself
+        logprobs[:, :, 0] = 0   # an ended response continues in one way and keeps its total
         logprobs[is_open] = model.unembed(states).float().log_softmax(-1)
         extended = (totals[:, :, None] + logprobs).flatten(1)                 # (P, W*V)
-        totals, best = extended.topk(min(width, extended.shape[1]))           # (P, W), W grows
+        totals, best = extended.topk(min(width, extended.shape[1]))   # (P, W); W grows to width
         parent = best // V                                                    # (P, W)
-        cache_row = (is_open.flatten().cumsum(0) - 1).view_as(is_open)[prompt, parent]
+        cache_rows = (is_open.flatten().cumsum(0) - 1).view_as(is_open)       # (P, W)
+        cache_rows = cache_rows[prompt, parent]   # those of the parents
         is_open = is_open[prompt, parent]
         new = torch.where(is_open, best % V, -1)   # -1 after the end
         tokens = torch.cat([tokens[prompt, parent], new[:, :, None]], 2)      # (P, W, t+1)
         is_open = is_open & (new != stop) & (tokens.shape[2] < limits)
-        cache.keep(cache_row[is_open])
+        cache.keep(cache_rows[is_open])
         states = model.hidden(new[is_open][:, None], cache)[:, 0]             # (N, C)
         cache.step()
     found = []
