@@ -14,6 +14,8 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
     python reward.py                                        rankings by the village's labelers
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
     python reward.py --loss token-margin                    other losses: token-margin, regression
+    python reward.py --init out/half/sft.pt                 another start, such as a smaller model
+    python reward.py --probe pairs.jsonl                    test OUT/reward.pt on pairs of yours
 
 Half a minute on two CPU cores, sampling included. Trains OUT/sft.pt first if it is missing. Next:
 gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
@@ -28,9 +30,9 @@ import torch.nn.functional as F
 
 import gpt
 import sft
-from data import labelers
+from data import checkpoint, labelers
 from data.formats import load_comparisons, load_grader, load_val, mean_grade
-from data.rankings import print_ranking, report, word_scores
+from data.rankings import aligned, print_probes, print_widest, report, targets, word_scores
 from data.text import batches, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
@@ -44,6 +46,8 @@ from scaffold.table import print_row
 class Config(RunConfig):
     data: str = ""               # ranked responses; empty: ranked samples of OUT/sft.pt
     val: str = ""                # the same for validation; empty: 5% of the users of data
+    init: str = ""               # the checkpoint to start from, of any size; empty: OUT/sft.pt
+    probe: str = ""              # pairs to score with the finished OUT/reward.pt; no training
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
     epochs: int = 1              # more epochs overfit, at first without a drop in accuracy
@@ -183,27 +187,6 @@ def score_responses(model, enc, chats, responses):
     return score_rows(model, rows, model.head.weight.device)
 
 
-def targets(record):
-    """Return the goal of the regression, (K,): the scores, else minus the ranks, centred."""
-    goal = torch.tensor(record.get("scores") or [-r for r in record["ranks"]], dtype=torch.float)
-    return goal - goal.mean()
-
-
-def aligned(scores, comparisons):
-    """Pair the token scores (sum of K, T) -> (better, worse, mask), each (pairs, T)."""
-    positions = torch.arange(scores.shape[1])
-    better, worse, mask = [], [], []
-    first = 0   # row of the comparison's first response
-    for c in comparisons:
-        for i, j in pair_mask(torch.tensor([c.record["ranks"]]))[0].nonzero().tolist():
-            better.append(first + i)
-            worse.append(first + j)
-            shorter = min(len(c.rows[i]), len(c.rows[j]))
-            mask.append((positions >= c.start) & (positions < shorter))
-        first += len(c.rows)
-    return scores[better], scores[worse], torch.stack(mask).to(scores.device)
-
-
 def batch_loss(model, comparisons, device, cfg):
     """Return the loss of a batch, averaged over all processes."""
     rows = [ids for c in comparisons for ids in c.rows]
@@ -246,6 +229,16 @@ def load_reward(path, device="cpu"):
     return model.eval(), enc
 
 
+def probe(path, reward_path, device):
+    """Print how often a finished reward model prefers the better response, by kind of pair."""
+    if not reward_path.exists():
+        raise UserError(f"{reward_path} is missing; make it with: "
+                        f"python reward.py --out {reward_path.parent}")
+    model, enc = load_reward(reward_path, device)
+    comparisons = tokenize(load_comparisons(path), enc, model.body.config.block_size)
+    print_probes([c.record for c in comparisons], score_all(model, comparisons, device))
+
+
 def score_policy(model, policy, enc, records, gold, cfg):
     """Sample a response to each prompt -> {"reward": mean score, "gold": mean grade if graded}."""
     chats = [r["prompt"] for r in records]
@@ -279,16 +272,22 @@ def main(cfg):
     choose(cfg, "loss", "ranking", "token-margin", "regression")
     device = pick_device(cfg.device)
     out = run_folder(cfg.out)
+    if cfg.probe:
+        probe(cfg.probe, out / "reward.pt", device)
+        return
     ensure_stage(out / "sft.pt", sft, cfg)
     set_seed(cfg.seed)
-    tuned, enc, base = gpt.load_model(out / "sft.pt", device)
+    tuned, enc, tuned_state = gpt.load_model(out / "sft.pt", device)
+    body, _, base = gpt.load_model(cfg.init or out / "sft.pt", device)
+    checkpoint.check_readable(tuned_state, base, f"--init {cfg.init}")
     train, val = ranked_data(cfg, out, enc, tuned.config.block_size)
     set_seed(cfg.seed)   # again: making the rankings used random numbers
-    model = RewardModel(gpt.load_model(out / "sft.pt", device)[0]).to(device)
+    model = RewardModel(body).to(device)
     sizes = [len(c.rows) * max(map(len, c.rows)) for c in train]
     plan = batch_plan(sizes, cfg, random.Random(cfg.seed))
     optimizer = adamw(model, cfg.lr, 0.01)
-    run = Run(cfg, "reward", [out / "sft.pt", cfg.data, cfg.val], model=model, optimizer=optimizer)
+    run = Run(cfg, "reward", [out / "sft.pt", cfg.init, cfg.data, cfg.val], model=model,
+              optimizer=optimizer)
     print(f"reward.py: {len(train):,} prompts, {sum(len(c.rows) for c in train):,} responses, "
           f"{len(plan)} steps, device {device}")
     model.train()
@@ -309,8 +308,7 @@ def main(cfg):
         run.log(**row)
         print_row(row)
     run.finish()
-    scored = zip([c.record for c in val], score_all(model, val, device))
-    print_ranking(*max(scored, key=lambda x: max(x[1]) - min(x[1])))   # the widest spread
+    print_widest([c.record for c in val], score_all(model, val, device))
     print(f"---\nsaved {out / 'reward.pt'}; next: python ppo.py --out {out}")
 
 

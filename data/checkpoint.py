@@ -44,6 +44,20 @@ def tokenizer_of(state, path):
     return enc
 
 
+def check_readable(writer, reader, name):
+    """Raise UserError unless the model `reader` can read all that the model `writer` writes.
+
+    Both are loaded checkpoints, of any size; name: the reader's, for the message.
+    """
+    if reader["fingerprint"] != writer["fingerprint"]:
+        raise UserError(f"{name}: its tokenizer is not that of the policy, whose responses it is "
+                        f"to read; pretrain it with the same --tokenizer")
+    context = writer["gpt"]["block_size"]
+    if reader["gpt"]["block_size"] < context:
+        raise UserError(f"{name}: its context of {reader['gpt']['block_size']} is too short for "
+                        f"what the policy writes; pretrain it with --block-size {context}")
+
+
 def body_weights(config, weights):
     """Return the weights of the GPT itself; for a reward model, those below the head.
 

@@ -6,6 +6,10 @@ so close responses are tied. Two labelers agree on 70 to 73% of the pairs that n
 
     python data/labelers.py                          make OUT/data/ranked_*.jsonl with OUT/sft.pt
     python data/labelers.py --show 3                 also print three ranked prompts
+    python data/labelers.py --candidates beam        rank the K best of a beam search instead
+
+InstructGPT samples the responses. Some notes on it say that they come from a beam search; see
+beam.py for it, and lab/candidates.py for a comparison. Its rankings go to ranked_beam_*.jsonl.
 """
 import random
 import sys
@@ -15,15 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import corpus, village
+from data import beam, corpus, village
 from data.formats import read_records, write_records
-from scaffold.cli import BaseConfig, UserError, pick_device, start
+from scaffold.cli import BaseConfig, UserError, choose, pick_device, start
 
 LABELERS = 12
 
 
 @dataclass
 class Config(BaseConfig):
+    candidates: str = "sample"   # responses to rank: sample, or beam for the best of a beam search
     show: int = 0                # ranked prompts to print at the end
 
 
@@ -54,23 +59,31 @@ def ranks_of(scores):
     return [levels.index(score) + 1 for score in scores]
 
 
-def rank(model, enc, prompts, seed=0, max_new_tokens=64):
-    """Sample responses to prompts and rank them.
+def make_candidates(model, enc, chats, sizes, candidates, max_new_tokens, seed):
+    """Return `size` responses per chat; with "beam" different ones, the likeliest first."""
+    import sft   # a later stage, so not imported at the top
+
+    if candidates == "beam":
+        beams = beam.beam_responses(model, enc, chats, max(sizes), max_new_tokens)
+        return [responses[:size] for responses, size in zip(beams, sizes)]
+    repeated = [chat for chat, size in zip(chats, sizes) for _ in range(size)]
+    samples = iter(sft.sample_responses(model, enc, repeated, max_new_tokens, seed=seed))
+    return [list(islice(samples, size)) for size in sizes]
+
+
+def rank(model, enc, prompts, seed=0, max_new_tokens=64, candidates="sample"):
+    """Make responses to prompts and rank them. candidates: sample or beam.
 
     Return the records with "responses", "ranks", "scores", "labeler" and "ranks_other", the ranks
     of a second labeler. A prompt is skipped if all its responses are tied.
     """
-    import sft   # a later stage, so not imported at the top
-
     rng = random.Random(seed)
     people = habits(seed)
     sizes = [rng.randint(4, 9) for _ in prompts]
-    chats = [prompt["prompt"] for prompt, size in zip(prompts, sizes) for _ in range(size)]
-    samples = sft.sample_responses(model, enc, chats, max_new_tokens, seed=seed)
+    chats = [prompt["prompt"] for prompt in prompts]
+    made = make_candidates(model, enc, chats, sizes, candidates, max_new_tokens, seed)
     records = []
-    remaining = iter(samples)
-    for prompt, size in zip(prompts, sizes):
-        responses = list(islice(remaining, size))
+    for prompt, responses in zip(prompts, made):
         labeler, other = rng.sample(range(LABELERS), 2)
         scores = opinions(prompt["task"], responses, people[labeler], rng)
         other_scores = opinions(prompt["task"], responses, people[other], rng)
@@ -81,8 +94,8 @@ def rank(model, enc, prompts, seed=0, max_new_tokens=64):
     return records
 
 
-def ensure(out, seed=0, device="auto"):
-    """Return the paths of the ranked training and validation files.
+def ensure(out, seed=0, device="auto", candidates="sample"):
+    """Return the paths of the ranked training and validation files. candidates: sample or beam.
 
     Make them from OUT/sft.pt first if they are missing or older than that model, because the
     rankings must be of this model's responses. Raises UserError if there is no OUT/sft.pt.
@@ -94,14 +107,15 @@ def ensure(out, seed=0, device="auto"):
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} is missing; make it with: python sft.py --out {out}")
     model_time = checkpoint.stat().st_mtime
-    paths = [folder / "ranked_train.jsonl", folder / "ranked_val.jsonl"]
+    stem = "ranked_beam" if candidates == "beam" else "ranked"
+    paths = [folder / f"{stem}_train.jsonl", folder / f"{stem}_val.jsonl"]
     if all(path.exists() and path.stat().st_mtime >= model_time for path in paths):
         return [str(path) for path in paths]
-    print(f"no ranked responses of {checkpoint} in {folder}: sampling and ranking them")
+    print(f"no {paths[0].name} of {checkpoint} in {folder}: making and ranking responses")
     model, enc, _ = gpt.load_model(checkpoint, pick_device(device))
     for path, name in zip(paths, ["rank_train", "rank_val"]):
         prompts = [record for _, record in read_records(folder / f"{name}.jsonl")]
-        records = rank(model, enc, prompts, seed)
+        records = rank(model, enc, prompts, seed, candidates=candidates)
         message = f"{path.name}: {len(records):,} prompts"
         if len(records) < len(prompts):
             message += f"; {len(prompts) - len(records)} more with all responses tied are skipped"
@@ -119,9 +133,11 @@ def show(path, n):
 
 
 def main(cfg):
-    train, _ = ensure(cfg.out, cfg.seed, cfg.device)
+    choose(cfg, "candidates", "sample", "beam")
+    train, val = ensure(cfg.out, cfg.seed, cfg.device, cfg.candidates)
     if cfg.show:
         show(train, cfg.show)
+    print(f"next: python reward.py --out {cfg.out} --data {train} --val {val}")
 
 
 if __name__ == "__main__":

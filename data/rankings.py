@@ -8,6 +8,8 @@ from collections import Counter
 
 import torch
 
+from scaffold.table import format_table
+
 
 def ranked_pairs(ranks):
     """Return the pairs (better, worse) of indices into K ranks, without ties."""
@@ -45,6 +47,30 @@ def pair_accuracy(scores, ranks, distance=None):
                 elif s[i] == s[j]:
                     right += 0.5
     return (right / n if n else float("nan")), n
+
+
+def targets(record):
+    """Return the goal of the regression, (K,): the scores, else minus the ranks, centred."""
+    goal = torch.tensor(record.get("scores") or [-r for r in record["ranks"]], dtype=torch.float)
+    return goal - goal.mean()
+
+
+def aligned(scores, comparisons):
+    """Pair the token scores (sum of K, T) -> (better, worse, mask), each (pairs, T).
+
+    The mask is 1 on the positions where both responses of a pair have a token.
+    """
+    positions = torch.arange(scores.shape[1])
+    better, worse, mask = [], [], []
+    first = 0   # row of the comparison's first response
+    for c in comparisons:
+        for i, j in ranked_pairs(c.record["ranks"]):
+            better.append(first + i)
+            worse.append(first + j)
+            shorter = min(len(c.rows[i]), len(c.rows[j]))
+            mask.append((positions >= c.start) & (positions < shorter))
+        first += len(c.rows)
+    return scores[better], scores[worse], torch.stack(mask).to(scores.device)
 
 
 def word_scores(comparisons):
@@ -98,9 +124,42 @@ def report(name, comparisons, scores, words, gold):
     return row
 
 
-def print_ranking(record, scores):
-    """Print the responses of one prompt, the highest score first."""
+def probe_rows(records, scores):
+    """Return one row per kind of record: how often the better response of a pair scores higher.
+
+    scores: K numbers per record. A tie in score counts half. A record without "kind" is of the kind
+    "pairs".
+    """
+    pairs = {}   # kind -> (score of the better response, score of the worse)
+    for r, s in zip(records, scores):
+        found = pairs.setdefault(str(r.get("kind", "pairs")), [])
+        found += [(s[i], s[j]) for i, j in ranked_pairs(r["ranks"])]
+    rows = []
+    for kind, found in pairs.items():
+        n = len(found)
+        better, worse = zip(*found)
+        rows.append(dict(kind=kind, share=pair_accuracy(found, [(1, 2)] * n)[0], n=n,
+                         better=sum(better) / n, worse=sum(worse) / n))
+    return rows
+
+
+def print_probes(records, scores):
+    """Print the probe_rows as a table."""
+    print(format_table(probe_rows(records, scores), {
+        "kind": ("kind", ""),
+        "better scores higher": ("share", ".1%"),
+        "pairs": ("n", ",d"),
+        "mean score, better": ("better", ".2f"),
+        "mean score, worse": ("worse", ".2f"),
+    }))
+
+
+def print_widest(records, scores):
+    """Print the responses to the prompt whose scores differ most, the highest score first."""
+    spread = [max(s) - min(s) for s in scores]
+    widest = spread.index(max(spread))
+    record = records[widest]
     print(f"--- {record['prompt'][-1]['content']!r}")
-    rows = zip(scores, record["ranks"], record["responses"])
+    rows = zip(scores[widest], record["ranks"], record["responses"])
     for score, rank, response in sorted(rows, reverse=True):
         print(f"score {score:6.2f}  labeler's rank {rank}  {response!r}")

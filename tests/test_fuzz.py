@@ -45,7 +45,7 @@ from data.formats import (
     load_seed_tasks,
     split_by_user,
 )
-from data.rankings import report
+from data.rankings import report, targets
 from data.tokenizer import token_bytes
 from data.verdicts import load_judged
 from scaffold.cli import UserError
@@ -216,7 +216,7 @@ def check_comparisons(path, records, printed):
             assert len(c.rows) == len(c.record["ranks"])
             assert all(c.start < len(ids) for ids in c.rows)
             assert all(len(ids) <= BLOCK for ids in c.rows)
-            assert reward.targets(c.record).isfinite().all()
+            assert targets(c.record).isfinite().all()
         scores = [[0.0] * len(c.rows) for c in comparisons]
         report("fuzz", comparisons, scores, {}, None)
 

@@ -4,9 +4,13 @@ from itertools import combinations
 
 import pytest
 
-from data import corpus, labelers
+import sft
+from data import beam, corpus, labelers
+from data.formats import load_comparisons
 from data.village import demonstration, new_task
+from lab_run import make_run
 from scaffold.cli import UserError
+from tiny import ENC, tiny_gpt
 
 
 def test_equal_scores_share_a_rank():
@@ -40,3 +44,70 @@ def test_a_missing_model_is_an_error_with_the_command_that_makes_it(tmp_path, mo
     monkeypatch.setattr(corpus, "ensure", lambda folder, seed: folder)
     with pytest.raises(UserError, match=f"python sft.py --out {tmp_path}"):
         labelers.ensure(tmp_path)
+
+
+def numbered_prompts(n):
+    prompts = []
+    for i in range(n):
+        task, messages = new_task(random.Random(i))
+        prompts.append({"task": task, "prompt": messages})
+    return prompts
+
+
+@pytest.mark.parametrize("candidates", ["sample", "beam"])
+def test_each_prompt_gets_its_own_responses_and_ranks(candidates, monkeypatch):
+    """Every response names its prompt, so a response in the wrong record is seen."""
+    prompts = numbered_prompts(30)
+    numbers = {str(p["prompt"]): i for i, p in enumerate(prompts)}
+    drawn = iter(range(10**6))
+
+    def sample(model, enc, chats, n, seed):
+        return [f"{numbers[str(chat)]}: {next(drawn)} " + demonstration(
+            prompts[numbers[str(chat)]]["task"], random.Random(next(drawn))) for chat in chats]
+
+    def search(model, enc, chats, n, most):
+        return [sample(model, enc, [chat] * n, most, 0) for chat in chats]
+
+    monkeypatch.setattr(sft, "sample_responses", sample)
+    monkeypatch.setattr(beam, "beam_responses", search)
+    records = labelers.rank(None, None, prompts, candidates=candidates)
+    assert len(records) > 20
+    assert {len(r["responses"]) for r in records} == {4, 5, 6, 7, 8, 9}
+    for r in records:
+        number = numbers[str(r["prompt"])]
+        order = [int(response.split()[1]) for response in r["responses"]]
+        assert all(response.startswith(f"{number}: ") for response in r["responses"])
+        assert order == sorted(order)       # of a beam, the best are kept in their order
+        assert len(r["ranks"]) == len(r["ranks_other"]) == len(r["responses"])
+        assert r["ranks"] == labelers.ranks_of(r["scores"])
+
+
+def test_the_candidates_of_a_beam_are_its_best():
+    model = tiny_gpt(0)
+    chats = [p["prompt"] for p in numbered_prompts(6)]
+    sizes = [4, 9, 5, 4, 7, 6]
+    made = labelers.make_candidates(model, ENC, chats, sizes, "beam", 6, seed=0)
+    for chat, size, responses in zip(chats, sizes, made):
+        [best] = beam.beam_responses(model, ENC, [chat], 9, 6)
+        assert responses == best[:size]
+        assert len(set(responses)) == size
+
+
+def test_rankings_of_samples_and_of_beams_are_two_files(tmp_path, capsys):
+    out = make_run(tmp_path)
+    sampled = labelers.ensure(out, device="cpu")
+    first = [load_comparisons(path) for path in sampled]
+    labelers.main(labelers.Config(out=str(out), candidates="beam", device="cpu"))
+    shown = capsys.readouterr().out
+    found = labelers.ensure(out, device="cpu", candidates="beam")
+    assert f"reward.py --out {out} --data {found[0]} --val {found[1]}" in shown
+    assert not set(found) & set(sampled)
+    assert [load_comparisons(path) for path in labelers.ensure(out, device="cpu")] == first
+    for path in found:
+        for r in load_comparisons(path):
+            assert len(set(r["responses"])) == len(r["responses"])
+
+
+def test_unknown_candidates_are_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="--candidates best: choose sample or beam"):
+        labelers.main(labelers.Config(out=str(tmp_path), candidates="best"))

@@ -34,6 +34,8 @@ RANKS = {
 }
 # Imports inside a function that go up, with their reasons.
 EXCEPTIONS = {
+    ("data.beam", "gpt"): "beam search needs its KV cache",
+    ("data.beam", "sft"): "it renders the chats",
     ("data.labelers", "gpt"): "simulated labelers rank samples of the SFT model",
     ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import gpt
+import ppo
 import reward
 import sft
 from data import labelers
-from data.rankings import pair_accuracy, report, word_scores
+from data.rankings import aligned, pair_accuracy, probe_rows, report, targets, word_scores
 from data.text import pad
-from data.tokenizer import fingerprint
+from data.tokenizer import fingerprint, get_tokenizer
 from reward import Comparison
 from scaffold.cli import UserError
 from scaffold.run import load_checkpoint
@@ -28,6 +29,7 @@ from tiny import (
     tiny_gpt,
     user,
     write_jsonl,
+    write_tokenizer,
 )
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -208,7 +210,7 @@ def test_aligned_finds_every_pair_and_the_tokens_that_both_have():
     T = 9
     comparisons = [comparison([2, 1, 2], [3, 1, 4], 2), comparison([1, 2], [2, 2], 4)]
     scores = torch.randn(5, T)
-    better, worse, mask = reward.aligned(scores, comparisons)
+    better, worse, mask = aligned(scores, comparisons)
     want = []
     first = 0  # row of the comparison's first response in `scores`
     for c in comparisons:
@@ -225,8 +227,8 @@ def test_aligned_finds_every_pair_and_the_tokens_that_both_have():
 
 
 def test_targets_are_centred_scores_or_else_ranks():
-    assert reward.targets(dict(ranks=[1, 2, 3])).tolist() == [1, 0, -1]
-    assert reward.targets(dict(ranks=[1, 2], scores=[0.5, 2.5])).tolist() == [-1, 1]
+    assert targets(dict(ranks=[1, 2, 3])).tolist() == [1, 0, -1]
+    assert targets(dict(ranks=[1, 2], scores=[0.5, 2.5])).tolist() == [-1, 1]
 
 
 # The model
@@ -648,3 +650,128 @@ def test_new_and_existing_rankings_make_the_same_model(train, tmp_path, monkeypa
         return load_checkpoint(out / "reward.pt")["model"]
 
     assert same_weights(weights(n_draws=0), weights(n_draws=7))
+
+
+# Another start: --init
+
+
+def save_gpt(path, block_size=CONTEXT, n_embd=16, tokenizer=""):
+    """Write a GPT of one layer, half as wide as that of the fixture `checkpoints`."""
+    enc = get_tokenizer(tokenizer)
+    sizes = gpt.GPTConfig(enc.n_vocab, block_size, n_layer=1, n_head=2, n_embd=n_embd)
+    gpt.save_model(path, gpt.GPT(sizes), enc, tokenizer)
+    return str(path)
+
+
+def test_it_starts_from_the_weights_of_init(train, tmp_path):
+    """After one step at a rate of almost 0, the body is that of the checkpoint named."""
+    init = save_gpt(tmp_path / "half.pt")
+    _, out = train(init=init, lr=1e-12, epochs=1)
+    model, _ = reward.load_reward(out / "reward.pt")
+    want, _, _ = gpt.load_model(init)
+    assert model.body.config == want.config
+    for a, b in zip(model.body.parameters(), want.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_init_of_the_fine_tuned_model_changes_nothing(train, checkpoints):
+    (_, plain), (_, named) = (train(init=i, epochs=1) for i in ("", str(checkpoints / "sft.pt")))
+    weights = [load_checkpoint(out / "reward.pt")["model"] for out in (plain, named)]
+    assert same_weights(*weights)
+
+
+def test_a_smaller_model_is_normalised_on_samples_of_the_policy(train, tmp_path):
+    """Not on samples of the model that it starts from."""
+    val = ranked_file(tmp_path / "val.jsonl")
+    _, out = train(init=save_gpt(tmp_path / "half.pt"), val=str(val))
+    policy, _, _ = gpt.load_model(out / "sft.pt")
+    model, _ = reward.load_reward(out / "reward.pt")
+    records = read_jsonl(ranked_file(tmp_path / "ranked.jsonl"))[:32]
+    chats = [[user(r["prompt"])] for r in records]
+    responses = sft.sample_responses(policy, ENC, chats, 8, seed=0)
+    scores = torch.tensor(reward.score_responses(model, ENC, chats, responses))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [
+    pytest.param(dict(n_embd=16), id="smaller"),
+    pytest.param(dict(n_embd=64, block_size=CONTEXT + 9), id="wider, longer context"),
+])
+def test_ppo_runs_with_reward_and_value_models_of_another_size(train, tmp_path, sizes):
+    _, out = train(init=save_gpt(tmp_path / "other.pt", **sizes), epochs=1)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", *[{"prompt": p} for p in PROMPTS])
+    ppo.main(ppo.Config(out=str(out), prompts=str(prompts), updates=2, rollout_size=8, epochs=1,
+                        value_warmup=0, ptx=0.0, max_new_tokens=8, device="cpu"))
+    policy, _, _ = gpt.load_model(out / "ppo.pt")
+    tuned, _, _ = gpt.load_model(out / "sft.pt")
+    assert policy.config == tuned.config
+    assert not same_weights(policy, tuned)
+    assert all(math.isfinite(r["loss/value_avg"]) for r in read_jsonl(out / "ppo.jsonl"))
+
+
+def test_a_start_that_cannot_read_the_responses_is_an_error(train, tmp_path):
+    short = save_gpt(tmp_path / "short.pt", block_size=CONTEXT - 1)
+    with pytest.raises(UserError, match=f"--init {short}: its context of 63.*--block-size 64"):
+        train(init=short)
+    tokenizer = write_tokenizer(tmp_path / "tok.json", pattern=r"\S+|\s+")
+    other = save_gpt(tmp_path / "other.pt", tokenizer=tokenizer)
+    with pytest.raises(UserError, match=f"--init {other}: its tokenizer"):
+        train(init=other)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        train(init=str(tmp_path / "none.pt"))
+
+
+# Probe pairs
+
+PROBES = [
+    {"prompt": "Hi", "chosen": "a", "rejected": "b b", "kind": "short"},
+    {"prompt": "Why?", "chosen": "no no no", "rejected": "no", "kind": "long"},
+    {"prompt": "Hi", "responses": ["x", "y", "z"], "ranks": [2, 1, 2], "kind": "short"},
+    {"prompt": "Who?", "chosen": "me", "rejected": "you"},
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: c", "rejected": "\n\nHuman: Hi\n\nAssistant: d"},
+]
+
+
+def test_probe_rows_by_brute_force():
+    """A pair is right if the better response scores higher, half right at equal scores."""
+    records = [{"kind": "a", "ranks": [1, 2]}, {"ranks": [3, 1, 1]}, {"kind": "a", "ranks": [2, 1]},
+               {"kind": "a", "ranks": [1, 2]}, {"ranks": [1, 2]}]
+    rows = probe_rows(records, [[2.0, 1.0], [0.0, 5.0, -1.0], [3.0, 3.0], [0.0, 7.0], [0.5, 0.0]])
+    assert rows == [
+        {"kind": "a", "share": 0.5, "n": 3, "better": (2 + 3 + 0) / 3, "worse": (1 + 3 + 7) / 3},
+        {"kind": "pairs", "share": 2 / 3, "n": 3, "better": 4.5 / 3, "worse": 0.0},
+    ]
+
+
+def test_probe_prints_a_row_per_kind_and_trains_nothing(model, tmp_path, capsys):
+    save_reward(tmp_path / "reward.pt", model)
+    path = write_jsonl(tmp_path / "probes.jsonl", *PROBES)
+    before = sorted(tmp_path.iterdir())
+    reward.main(reward.Config(probe=str(path), out=str(tmp_path), device="cpu"))
+    assert sorted(tmp_path.iterdir()) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["short", "long", "pairs"]
+
+    def score(prompt, response):
+        return score_alone(model, ids_of([user(prompt)], response)).item()
+
+    pairs = [
+        [("Hi", "a", "b b"), ("Hi", "y", "x"), ("Hi", "y", "z")],
+        [("Why?", "no no no", "no")],
+        [("Who?", "me", "you"), ("Hi", "c", "d")],
+    ]
+    for line, group in zip(lines[1:], pairs):
+        better = [score(prompt, chosen) for prompt, chosen, _ in group]
+        worse = [score(prompt, rejected) for prompt, _, rejected in group]
+        n = len(group)
+        share = sum(a > b for a, b in zip(better, worse)) / n
+        assert line.split()[1:] == [f"{share:.1%}", str(n), f"{sum(better) / n:.2f}",
+                                    f"{sum(worse) / n:.2f}"]
+
+
+def test_probe_without_a_reward_model_says_what_to_type(tmp_path):
+    path = write_jsonl(tmp_path / "probes.jsonl", *PROBES)
+    with pytest.raises(UserError, match=f"reward.pt is missing.*python reward.py --out {tmp_path}"):
+        reward.main(reward.Config(probe=str(path), out=str(tmp_path), device="cpu"))
+    assert [p.name for p in tmp_path.iterdir()] == ["probes.jsonl"]

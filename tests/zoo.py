@@ -477,7 +477,7 @@ MUTANTS = [
         tests="reward"),
     Mutant(
         name="margin-on-padding",
-        file="reward.py",
+        file="data/rankings.py",
         old="shorter = min(len(c.rows[i]), len(c.rows[j]))",
         new="shorter = max(len(c.rows[i]), len(c.rows[j]))",
         bug="token pairs reach into the padding of the shorter response",
