@@ -21,6 +21,7 @@ A verdict gives its reasons before the score, so the model adds up what it has a
     python self_reward.py --pairs random        controls: --pairs gold, --frozen-judge, --replay 0
     python self_reward.py --update sft          train on the chosen responses alone, without DPO
     python self_reward.py --halo 0.05           reward hacking: annotators overrate a phrase
+    python self_reward.py --fresh-eft 400       people judge some responses of every round, too
     python self_reward.py --data chats.jsonl --eft judged.jsonl --prompts prompts.jsonl
 
 Five minutes on two CPU cores. Makes OUT/gpt.pt, OUT/long/gpt.pt (two minutes) and the rankings of
@@ -32,6 +33,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,7 @@ from data.verdicts import judge_chat, mean_score, parse_score, prompt_text
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
 from scaffold.run import Run, ensure_stage, load_checkpoint, log_metrics, set_seed, take_step
-from scaffold.table import format_table, print_samples
+from scaffold.table import print_samples
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Config(RunConfig):
     batch_tokens: int = 512      # tokens per step of M1 and replay; the judge needs small steps
     noise: float = 0.05          # village: probability that an annotator misjudges a criterion
     halo: float = 0.0            # village: share of responses with a phrase that wins full marks
+    fresh_eft: int = 0           # village: responses that people judge in each round, for replay
     n_test: int = 256            # prompts of the table, with --candidates responses each
     max_new_tokens: int = 48     # longest response and longest verdict
     grade: str = "data.village:grade"   # module:function that grades (task, response), for reports
@@ -287,7 +290,8 @@ def variant(cfg):
              (cfg.update != "dpo", f"update-{cfg.update}"),
              (cfg.frozen_judge, "frozen-judge"),
              (not cfg.replay, "no-replay"),
-             (cfg.halo > 0, "halo")]
+             (cfg.halo > 0, "halo"),
+             (cfg.fresh_eft > 0, "fresh-eft")]
     return "-".join(part for differs, part in parts if differs) or "main"
 
 
@@ -295,7 +299,7 @@ def check(cfg):
     require(cfg, 1, "iterations", "n_prompts", "judgements", "epochs", "batch_pairs", "sft_epochs")
     require(cfg, 1, "batch_tokens", "max_new_tokens")
     require(cfg, 2, "candidates", "n_test")
-    require(cfg, 0, "margin", "replay", "nll", "judge_temperature")
+    require(cfg, 0, "margin", "replay", "nll", "judge_temperature", "fresh_eft")
     require(cfg, 0, "noise", "halo", most=0.5)
     require(cfg, 0, "lr", "sft_lr", most=10)
     require(cfg, 1e-6, "beta")
@@ -304,6 +308,8 @@ def check(cfg):
     if cfg.data and not cfg.prompts:
         raise UserError("--data without --prompts: the base model can only write prompts about "
                         "the village; name a file of prompts")
+    if cfg.fresh_eft and not cfg.replay:
+        raise UserError("--fresh-eft with --replay 0: replay teaches the judgements; drop one")
     if cfg.halo and cfg.eft:
         raise UserError("--halo with --eft: only the village's annotators have a halo; drop one")
 
@@ -334,7 +340,7 @@ def load_prompts(cfg, out, enc, room):
         test = load(cfg.test or out / "data" / "prompts_test.jsonl")
     else:
         pool, test = formats.split_by_user(pool, seed=cfg.seed)
-    return test[:cfg.n_test], pool
+    return test, pool
 
 
 def load_writer(cfg, enc, chats, test):
@@ -363,10 +369,11 @@ def main(cfg):
     test_prompts, pool = load_prompts(cfg, out, enc, room)
     writer = None if pool else load_writer(cfg, enc, chats, test_prompts)
     grade = formats.load_grader(cfg.grade, test_prompts + pool)
-    if cfg.pairs == "gold" and not grade:
-        raise UserError("--pairs gold: the prompts have no task to grade; choose judge or random")
+    if (cfg.pairs == "gold" or cfg.fresh_eft) and not grade:
+        raise UserError("--pairs gold and --fresh-eft need prompts with a task to grade")
     held_out = held_out if formats.load_grader(cfg.grade, held_out) else []
-    test = judge_quality.EvalSet(test_prompts, held_out, grade)
+    probes = judge_quality.probe_set(test_prompts, grade)
+    test = judge_quality.EvalSet(test_prompts[:cfg.n_test], held_out, grade, probes)
     ift = sft.tokenize(chats, enc, block_size)
     eft = eft_examples(judged, enc, block_size, rng)
     print(f"self_reward.py: {name}; {len(ift):,} IFT chats, {len(eft):,} judged responses, "
@@ -378,8 +385,9 @@ def main(cfg):
     inputs = [init, cfg.data, cfg.eft, cfg.prompts, cfg.test, *out.glob("data/*_train.jsonl")]
     rows = []      # of the table
     history = []   # for each model its gold scores and its responses
+    fresh = []     # judgements by people of the responses of all rounds so far
     run = Run(cfg, f"self_reward-{name}", inputs, made, policy=policy, rng=rng, rows=rows,
-              history=history)
+              history=history, fresh=fresh)
     if not run.resumed:
         ended.unlink(missing_ok=True)
         run.log(config=vars(cfg))
@@ -392,7 +400,7 @@ def main(cfg):
         rows.extend(new)
         for row in new:
             run.log(**row)
-        print(format_table(new, judge_quality.COLUMNS))
+        judge_quality.print_tables(new)
 
     if not run.resumed:
         evaluate("M1")
@@ -420,7 +428,13 @@ def main(cfg):
             break
         examples = [tokenize(enc, prompts[p.prompt]["prompt"], responses[p.prompt][k])
                     for p in pairs for k in (p.chosen, p.rejected)]
-        improve(policy, examples, ift + eft, cfg, rng, partial(run.log, round=t))
+        replay = ift + eft
+        if cfg.fresh_eft:
+            fresh += verdicts.fresh(prompts, responses, cfg.fresh_eft, cfg.noise, cfg.halo, seed)
+            new = eft_examples(fresh, enc, block_size, rng)
+            # A round reads only some hundred examples of the replay: half of them are fresh ones.
+            replay = replay + list(islice(cycle(new), len(replay)))
+        improve(policy, examples, replay, cfg, rng, partial(run.log, round=t))
         gpt.save_model(folder / f"{prefix}M{t + 1}.pt", policy, enc, base["tokenizer"])
         evaluate(f"M{t + 1}", pairs=len(pairs), dropped=dict(dropped),
                  **judge_quality.agreement(pairs, golds))

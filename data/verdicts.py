@@ -93,6 +93,27 @@ def annotated(ranked, noise, halo, seed):
     return records
 
 
+def fresh(prompts, responses, n, noise, halo, seed):
+    """Let simulated annotators judge n responses, drawn at random -> records as of load_judged.
+
+    prompts: records with a "task"; responses: a row of strings for each prompt. Equal responses to
+    a prompt are judged once. Responses to a nonsense prompt are not judged.
+    """
+    rng = random.Random(seed)
+    different = {}
+    for p, row in zip(prompts, responses):
+        if p["task"]["kind"] != "nonsense":
+            for response in row:
+                different[prompt_text(p["prompt"]), response] = p
+    records = []
+    for text, response in rng.sample(list(different), min(n, len(different))):
+        p = different[text, response]
+        v = annotators.annotate(p["task"], response, noise, rng, halo > 0)
+        records.append({"prompt": p["prompt"], "responses": [response],
+                        "verdicts": [write_verdict(v.wanted, v.met)]})
+    return records
+
+
 def prompt_text(messages):
     """Join the turns of a prompt into one string. Prompts with equal strings are the same."""
     return "\n".join(m["content"] for m in messages)
