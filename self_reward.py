@@ -33,7 +33,6 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -308,8 +307,8 @@ def check(cfg):
     if cfg.data and not cfg.prompts:
         raise UserError("--data without --prompts: the base model can only write prompts about "
                         "the village; name a file of prompts")
-    if cfg.fresh_eft and not cfg.replay:
-        raise UserError("--fresh-eft with --replay 0: replay teaches the judgements; drop one")
+    if cfg.fresh_eft and (not cfg.replay or cfg.grade != Config.grade):
+        raise UserError("--fresh-eft needs --replay, and the village's tasks: leave out --grade")
     if cfg.halo and cfg.eft:
         raise UserError("--halo with --eft: only the village's annotators have a halo; drop one")
 
@@ -340,7 +339,7 @@ def load_prompts(cfg, out, enc, room):
         test = load(cfg.test or out / "data" / "prompts_test.jsonl")
     else:
         pool, test = formats.split_by_user(pool, seed=cfg.seed)
-    return test, pool
+    return test[:cfg.n_test], pool
 
 
 def load_writer(cfg, enc, chats, test):
@@ -372,8 +371,7 @@ def main(cfg):
     if (cfg.pairs == "gold" or cfg.fresh_eft) and not grade:
         raise UserError("--pairs gold and --fresh-eft need prompts with a task to grade")
     held_out = held_out if formats.load_grader(cfg.grade, held_out) else []
-    probes = judge_quality.probe_set(test_prompts, grade)
-    test = judge_quality.EvalSet(test_prompts[:cfg.n_test], held_out, grade, probes)
+    test = judge_quality.EvalSet(test_prompts, held_out, grade)
     ift = sft.tokenize(chats, enc, block_size)
     eft = eft_examples(judged, enc, block_size, rng)
     print(f"self_reward.py: {name}; {len(ift):,} IFT chats, {len(eft):,} judged responses, "
@@ -428,13 +426,12 @@ def main(cfg):
             break
         examples = [tokenize(enc, prompts[p.prompt]["prompt"], responses[p.prompt][k])
                     for p in pairs for k in (p.chosen, p.rejected)]
-        replay = ift + eft
         if cfg.fresh_eft:
             fresh += verdicts.fresh(prompts, responses, cfg.fresh_eft, cfg.noise, cfg.halo, seed)
-            new = eft_examples(fresh, enc, block_size, rng)
-            # A round reads only some hundred examples of the replay: half of them are fresh ones.
-            replay = replay + list(islice(cycle(new), len(replay)))
-        improve(policy, examples, replay, cfg, rng, partial(run.log, round=t))
+        new = eft_examples(fresh, enc, block_size, rng)
+        # A round reads only some hundred examples of the replay: half of these are fresh.
+        new = new * math.ceil(len(ift + eft) / max(1, len(new)))
+        improve(policy, examples, ift + eft + new, cfg, rng, partial(run.log, round=t))
         gpt.save_model(folder / f"{prefix}M{t + 1}.pt", policy, enc, base["tokenizer"])
         evaluate(f"M{t + 1}", pairs=len(pairs), dropped=dict(dropped),
                  **judge_quality.agreement(pairs, golds))

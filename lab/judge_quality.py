@@ -153,7 +153,6 @@ class EvalSet(NamedTuple):
     prompts: list    # records with a "prompt", and with a "task" if there is a grader
     held_out: list   # records of judged responses with a "task", or []
     grade: object    # the grader, or None
-    probes: list     # pairs of probe_set, or []
 
 
 class Measured(NamedTuple):
@@ -185,8 +184,9 @@ def measure(policy, judge_model, enc, test, cfg):
         other_scores, _ = self_reward.judge(judge_model, enc, test.held_out, others, cfg, cfg.seed)
         other_golds = grade_all(test.held_out, others, test.grade).golds
         row["held_out_accuracy"] = accuracy(other_scores, other_golds)
-    if test.probes:
-        row |= probe_row(judge_model, enc, test.probes, cfg)
+    probe_pairs = probe_set(test.prompts, test.grade)
+    if probe_pairs:
+        row |= probe_row(judge_model, enc, probe_pairs, cfg)
     if cfg.halo:
         row["thanks"] = sum(r.endswith(PHRASE.strip()) for r in flat) / len(flat)
     return Measured(row, golds, responses, scores)

@@ -129,28 +129,27 @@ def verdict(rows, change=0.2):
         held = "holds"
     elif any(parts):
         held = "holds in part"
-    return (f"the claim {held} here: with rude seed tasks instead of polite ones "
-            f"{mean(changes('generated_rude')):+.0%} of the outputs that the model writes are "
-            f"rude; tuned on these, {mean(changes('own_rude')):+.0%} of its responses (worst seed "
-            f"{min(changes('own_rude')):+.0%}; wanted {change:+.0%}) and "
-            f"{mean(changes('own_gold')):+.2f} of gold; tuned on the seed tasks as well, "
-            f"{mean(changes('both_rude')):+.0%} (worst seed {min(changes('both_rude')):+.0%}) and "
-            f"{mean(changes('both_gold')):+.2f}, with a quarter of them rude "
-            f"{mean(changes('both_rude', 'a quarter')):+.0%}")
+    return (f"the claim {held} here: rude seed tasks instead of polite ones make "
+            f"{mean(changes('generated_rude')):+.0%} of the outputs that the model writes rude, "
+            f"{mean(changes('own_rude')):+.0%} of its responses after tuning on these (worst seed "
+            f"{min(changes('own_rude')):+.0%}; wanted {change:+.0%}), and "
+            f"{mean(changes('both_rude')):+.0%} after tuning on the seed tasks, too (worst seed "
+            f"{min(changes('both_rude')):+.0%}; gold {mean(changes('both_gold')):+.2f}); a quarter "
+            f"of rude ones is enough for {mean(changes('both_rude', 'a quarter')):+.0%}")
 
 
 COLUMNS = {
-    "outputs written": "instances",
+    "written": "instances",
     "rude": "generated_rude",
-    "own: rude": "own_rude",
-    "gold": "own_gold",
-    "own + seeds: rude": "both_rude",
-    "gold ": "both_gold",
+    "rude, own": "own_rude",
+    "gold, own": "own_gold",
+    "rude, own + seeds": "both_rude",
+    "gold, own + seeds": "both_gold",
 }
 
 
 def print_results(rows):
-    """Print means and ranges over the seeds."""
+    """Print means and ranges over the seeds: what was written, and both tuned models."""
     table = []
     for name in SHARES:
         line = {"rude seed tasks": name}

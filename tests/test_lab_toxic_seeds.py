@@ -82,8 +82,8 @@ def verdict(own, both):
 def test_the_verdict_holds_when_both_ways_make_the_model_rude():
     text = verdict([.3, .4], [.8, .9])
     assert "claim holds here" in text
-    assert "+35% of its responses (worst seed +30%" in text
-    assert "+85% (worst seed +80%) and -0.40" in text
+    assert "+35% of its responses after tuning on these (worst seed +30%" in text
+    assert "+85% after tuning on the seed tasks, too (worst seed +80%; gold -0.40)" in text
 
 
 @pytest.mark.parametrize("own, both", [([.1, .9], [.8, .9]), ([.3, .4], [.9, .1])])

@@ -606,8 +606,8 @@ def test_half_of_a_rounds_replay_is_fresh(files, tmp_path, monkeypatch):
     new = [Counter(replay) - seeds for replay in rounds]
     for replay, fresh in zip(rounds, new):
         assert Counter(replay) - fresh == seeds
-        assert fresh.total() == len(first)
-        assert max(fresh.values()) - min(fresh.values()) <= 1
+        assert len(first) <= fresh.total() < len(first) + len(fresh)
+        assert len(set(fresh.values())) == 1
         assert all("Judge:" in text and "Score: " in text for text in fresh)
     assert 0 < len(new[0]) <= 12 < len(new[1]) <= 24
 
@@ -655,7 +655,8 @@ def test_fresh_judgements_need_tasks(files, tmp_path):
         (dict(beta=0.0), "--beta"),
         (dict(halo=0.1, eft="x"), "--halo with --eft"),
         (dict(fresh_eft=-1), "--fresh-eft -1"),
-        (dict(fresh_eft=9, replay=0.0), "--fresh-eft with --replay 0"),
+        (dict(fresh_eft=9, replay=0.0), "--fresh-eft needs --replay"),
+        (dict(fresh_eft=9, grade="my:grade"), "leave out --grade"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
