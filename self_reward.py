@@ -21,6 +21,7 @@ A verdict gives its reasons before the score, so the model adds up what it has a
     python self_reward.py --pairs random        controls: --pairs gold, --frozen-judge, --replay 0
     python self_reward.py --update sft          train on the chosen responses alone, without DPO
     python self_reward.py --halo 0.05           reward hacking: annotators overrate a phrase
+    python self_reward.py --fresh-eft 400       people judge some responses of every round, too
     python self_reward.py --data chats.jsonl --eft judged.jsonl --prompts prompts.jsonl
 
 Five minutes on two CPU cores. Makes OUT/gpt.pt, OUT/long/gpt.pt (two minutes) and the rankings of
@@ -48,7 +49,7 @@ from data.verdicts import judge_chat, mean_score, parse_score, prompt_text
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
 from scaffold.run import Run, ensure_stage, load_checkpoint, log_metrics, set_seed, take_step
-from scaffold.table import format_table, print_samples
+from scaffold.table import print_samples
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Config(RunConfig):
     batch_tokens: int = 512      # tokens per step of M1 and replay; the judge needs small steps
     noise: float = 0.05          # village: probability that an annotator misjudges a criterion
     halo: float = 0.0            # village: share of responses with a phrase that wins full marks
+    fresh_eft: int = 0           # village: responses that people judge in each round, for replay
     n_test: int = 256            # prompts of the table, with --candidates responses each
     max_new_tokens: int = 48     # longest response and longest verdict
     grade: str = "data.village:grade"   # module:function that grades (task, response), for reports
@@ -287,7 +289,8 @@ def variant(cfg):
              (cfg.update != "dpo", f"update-{cfg.update}"),
              (cfg.frozen_judge, "frozen-judge"),
              (not cfg.replay, "no-replay"),
-             (cfg.halo > 0, "halo")]
+             (cfg.halo > 0, "halo"),
+             (cfg.fresh_eft > 0, "fresh-eft")]
     return "-".join(part for differs, part in parts if differs) or "main"
 
 
@@ -295,7 +298,7 @@ def check(cfg):
     require(cfg, 1, "iterations", "n_prompts", "judgements", "epochs", "batch_pairs", "sft_epochs")
     require(cfg, 1, "batch_tokens", "max_new_tokens")
     require(cfg, 2, "candidates", "n_test")
-    require(cfg, 0, "margin", "replay", "nll", "judge_temperature")
+    require(cfg, 0, "margin", "replay", "nll", "judge_temperature", "fresh_eft")
     require(cfg, 0, "noise", "halo", most=0.5)
     require(cfg, 0, "lr", "sft_lr", most=10)
     require(cfg, 1e-6, "beta")
@@ -304,6 +307,8 @@ def check(cfg):
     if cfg.data and not cfg.prompts:
         raise UserError("--data without --prompts: the base model can only write prompts about "
                         "the village; name a file of prompts")
+    if cfg.fresh_eft and (not cfg.replay or cfg.grade != Config.grade):
+        raise UserError("--fresh-eft needs --replay, and the village's tasks: leave out --grade")
     if cfg.halo and cfg.eft:
         raise UserError("--halo with --eft: only the village's annotators have a halo; drop one")
 
@@ -363,8 +368,8 @@ def main(cfg):
     test_prompts, pool = load_prompts(cfg, out, enc, room)
     writer = None if pool else load_writer(cfg, enc, chats, test_prompts)
     grade = formats.load_grader(cfg.grade, test_prompts + pool)
-    if cfg.pairs == "gold" and not grade:
-        raise UserError("--pairs gold: the prompts have no task to grade; choose judge or random")
+    if (cfg.pairs == "gold" or cfg.fresh_eft) and not grade:
+        raise UserError("--pairs gold and --fresh-eft need prompts with a task to grade")
     held_out = held_out if formats.load_grader(cfg.grade, held_out) else []
     test = judge_quality.EvalSet(test_prompts, held_out, grade)
     ift = sft.tokenize(chats, enc, block_size)
@@ -378,8 +383,9 @@ def main(cfg):
     inputs = [init, cfg.data, cfg.eft, cfg.prompts, cfg.test, *out.glob("data/*_train.jsonl")]
     rows = []      # of the table
     history = []   # for each model its gold scores and its responses
+    fresh = []     # judgements by people of the responses of all rounds so far
     run = Run(cfg, f"self_reward-{name}", inputs, made, policy=policy, rng=rng, rows=rows,
-              history=history)
+              history=history, fresh=fresh)
     if not run.resumed:
         ended.unlink(missing_ok=True)
         run.log(config=vars(cfg))
@@ -392,7 +398,7 @@ def main(cfg):
         rows.extend(new)
         for row in new:
             run.log(**row)
-        print(format_table(new, judge_quality.COLUMNS))
+        judge_quality.print_tables(new)
 
     if not run.resumed:
         evaluate("M1")
@@ -420,7 +426,12 @@ def main(cfg):
             break
         examples = [tokenize(enc, prompts[p.prompt]["prompt"], responses[p.prompt][k])
                     for p in pairs for k in (p.chosen, p.rejected)]
-        improve(policy, examples, ift + eft, cfg, rng, partial(run.log, round=t))
+        if cfg.fresh_eft:
+            fresh += verdicts.fresh(prompts, responses, cfg.fresh_eft, cfg.noise, cfg.halo, seed)
+        new = eft_examples(fresh, enc, block_size, rng)
+        # A round reads only some hundred examples of the replay: half of these are fresh.
+        new = new * math.ceil(len(ift + eft) / max(1, len(new)))
+        improve(policy, examples, ift + eft + new, cfg, rng, partial(run.log, round=t))
         gpt.save_model(folder / f"{prefix}M{t + 1}.pt", policy, enc, base["tokenizer"])
         evaluate(f"M{t + 1}", pairs=len(pairs), dropped=dict(dropped),
                  **judge_quality.agreement(pairs, golds))

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from data import annotators
 from data.formats import as_messages, read_records
+from data.village import KINDS
 from scaffold.cli import UserError
 
 # Points per criterion. As in gold, rudeness or an invention costs as much as all usefulness.
@@ -90,6 +91,27 @@ def annotated(ranked, noise, halo, seed):
     records = annotators.judged(ranked, POINTS.values(), noise, halo, seed)
     for r in records:
         r["verdicts"] = [write_verdict(v.wanted, v.met) if v else None for v in r["verdicts"]]
+    return records
+
+
+def fresh(prompts, responses, n, noise, halo, seed):
+    """Let simulated annotators judge n responses, drawn at random -> records as of load_judged.
+
+    prompts: records with a "task"; responses: a row of strings for each prompt. Equal responses to
+    a prompt are judged once. Responses to a prompt that means nothing are not judged.
+    """
+    rng = random.Random(seed)
+    different = {}
+    for p, row in zip(prompts, responses):
+        if p["task"]["kind"] in KINDS:
+            for response in row:
+                different[prompt_text(p["prompt"]), response] = p
+    records = []
+    for text, response in rng.sample(list(different), min(n, len(different))):
+        p = different[text, response]
+        v = annotators.annotate(p["task"], response, noise, rng, halo > 0)
+        records.append({"prompt": p["prompt"], "responses": [response],
+                        "verdicts": [write_verdict(v.wanted, v.met)]})
     return records
 
 

@@ -15,9 +15,14 @@ self_reward.py calls this for M1 and after every round. The columns of its table
     pairs             pairs of the round; gold confirms (agree) or contradicts (contra) a share
     thanks            with --halo, share of responses that end with the overrated phrase
 
+A second table says which mistakes the judge sees: its accuracy on the probe pairs of data/probes.py
+by kind, such as right against wrong. Both responses of a pair are written by program, so the pairs
+are the same for every model.
+
 Gold is the grader of --grade. No model trains on it, except with --pairs gold. Without a grader
 only score, length and pairs are measured. Read self_reward.py first.
 """
+import random
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dpo
 import self_reward
 import sft
+from data import probes, village
 from data.annotators import PHRASE
 from data.exam import mean_and_ci
 from data.formats import read_records
@@ -116,6 +122,32 @@ def grade_all(prompts, responses, grade):
                               rude=sum(rude) / len(rude)))
 
 
+PROBES = 40   # probe pairs of each kind; more would take more than a tenth of a round
+
+
+def probe_set(records, grade, seed=0):
+    """Draw up to PROBES probe pairs of each kind about the prompts of records with a "task".
+
+    Returns [] for another grader than the village's: probe pairs are made of its words.
+    """
+    if grade != village.grade:
+        return []
+    pairs = probes.probe_pairs(records, seed)
+    random.Random(seed).shuffle(pairs)
+    kept = []
+    for kind in probes.KINDS:
+        kept += [pair for pair in pairs if pair["kind"] == kind][:PROBES]
+    return kept
+
+
+def probe_row(judge_model, enc, pairs, cfg):
+    """Let the judge score probe pairs -> {kind: share that it orders right, ...}."""
+    responses = [[p["chosen"], p["rejected"]] for p in pairs]
+    scores, _ = self_reward.judge(judge_model, enc, pairs, responses, cfg, cfg.seed)
+    chosen, rejected = zip(*missing_as_lowest(scores))
+    return probes.probe_rates(pairs, chosen, rejected)
+
+
 class EvalSet(NamedTuple):
     """What every model is measured on."""
     prompts: list    # records with a "prompt", and with a "task" if there is a grader
@@ -152,6 +184,9 @@ def measure(policy, judge_model, enc, test, cfg):
         other_scores, _ = self_reward.judge(judge_model, enc, test.held_out, others, cfg, cfg.seed)
         other_golds = grade_all(test.held_out, others, test.grade).golds
         row["held_out_accuracy"] = accuracy(other_scores, other_golds)
+    probe_pairs = probe_set(test.prompts, test.grade)
+    if probe_pairs:
+        row |= probe_row(judge_model, enc, probe_pairs, cfg)
     if cfg.halo:
         row["thanks"] = sum(r.endswith(PHRASE.strip()) for r in flat) / len(flat)
     return Measured(row, golds, responses, scores)
@@ -214,6 +249,16 @@ COLUMNS = {
     "contra": ("contradict", ".2f"),
     "thanks": ("thanks", ".0%"),
 }
+PROBE_COLUMNS = {"run": ("run", ""), "judge": ("stage", "")}
+PROBE_COLUMNS |= {kind.replace("_", " "): (kind, ".2f") for kind in probes.KINDS}
+
+
+def print_tables(rows):
+    """Print the table of some rows, and below it how the judge did on probe pairs."""
+    print(format_table(rows, COLUMNS))
+    probed = [row for row in rows if probes.KINDS[0] in row]
+    if probed:
+        print(format_table(probed, PROBE_COLUMNS))
 
 
 def print_runs(out, log_path, rows):
@@ -222,4 +267,5 @@ def print_runs(out, log_path, rows):
     for path in sorted(out.glob("self_reward-*.jsonl")):
         if path != log_path:
             rows += [row for _, row in read_records(path) if "stage" in row]
-    print(f"--- all runs of {out}\n{format_table(rows, COLUMNS)}")
+    print(f"--- all runs of {out}")
+    print_tables(rows)

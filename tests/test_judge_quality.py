@@ -1,15 +1,18 @@
 """Tests of lab/judge_quality.py: the measures in the table of self_reward.py."""
 
 import math
+import random
+from collections import Counter
 
 import pytest
 import torch
 
 import gpt
 import sft
+from data import probes, village
 from data.tokenizer import get_tokenizer
 from lab import judge_quality
-from self_reward import Pair
+from self_reward import Config, Pair
 
 ENC = get_tokenizer()
 
@@ -77,3 +80,53 @@ def test_likelihood_sums_the_log_probabilities_with_the_end_token():
             logp = torch.log_softmax(model(torch.tensor([ids])), -1)[0]
             total = sum(logp[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
             assert value == pytest.approx(total, abs=1e-4)
+
+
+# Probe pairs
+
+
+def village_prompts(n, seed=0):
+    rng = random.Random(seed)
+    drawn = [village.new_task(rng) for _ in range(n)]
+    return [{"prompt": messages, "task": task} for task, messages in drawn]
+
+
+def test_the_probe_set_has_as_many_pairs_of_each_kind_as_it_may():
+    prompts = village_prompts(600)
+    possible = Counter(pair["kind"] for pair in probes.probe_pairs(prompts))
+    drawn = judge_quality.probe_set(prompts, village.grade)
+    most = judge_quality.PROBES
+    assert Counter(p["kind"] for p in drawn) == {k: min(n, most) for k, n in possible.items()}
+    assert set(possible) == set(probes.KINDS)
+    assert drawn == judge_quality.probe_set(prompts, village.grade)
+    # A prompt may have several pairs of a kind. The set must not be filled by the first prompts.
+    right_or_wrong = [p["prompt"][-1]["content"] for p in drawn if p["kind"] == "right_vs_wrong"]
+    assert len(set(right_or_wrong)) > 0.6 * most
+
+
+@pytest.mark.parametrize("grade", [None, lambda task, response: {"helpful": 1.0}])
+def test_another_grader_has_no_probe_pairs(grade):
+    assert judge_quality.probe_set(village_prompts(20), grade) == []
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, rate",
+    [
+        ("Score: 9", "Score: 3", 1),
+        ("Score: 3", "Score: 9", 0),
+        ("Score: 5", "Score: 5", 0.5),
+        ("Score: 0", "no score", 1),  # a missing score is the lowest
+    ],
+)
+def test_the_judges_scores_make_the_rates(monkeypatch, chosen, rejected, rate):
+    pairs = judge_quality.probe_set(village_prompts(600), village.grade)
+    pairs = [p for p in pairs if p["kind"] == "wish_vs_none"]
+    good = {p["chosen"] for p in pairs}
+
+    def sample_responses(model, enc, chats, *_, **__):
+        return [chosen if chat[-2]["content"] in good else rejected for chat in chats]
+
+    monkeypatch.setattr(sft, "sample_responses", sample_responses)
+    row = judge_quality.probe_row(tiny_gpt(), ENC, pairs, Config())
+    assert row["wish_vs_none"] == rate
+    assert row["n_wish_vs_none"] == len(pairs) == judge_quality.PROBES

@@ -22,10 +22,11 @@ import gpt
 import self_instruct
 import self_reward
 import sft
-from data import verdicts, village
+from data import probes, verdicts, village
 from data.formats import read_records
 from data.tokenizer import get_tokenizer
 from data.verdicts import judge_chat, prompt_text
+from lab import judge_quality
 from scaffold.cli import UserError, parse
 from scaffold.optim import adamw, lr_at
 from scaffold.run import take_step
@@ -431,6 +432,19 @@ def test_a_users_files_give_three_models(files, tmp_path, capsys):
     assert "M3" in capsys.readouterr().out
 
 
+def test_every_model_judges_the_probe_pairs(files, tmp_path, capsys):
+    log = run(files, tmp_path, pairs="random")
+    for row in stages(log):
+        for kind in probes.KINDS:
+            assert row[f"n_{kind}"] <= judge_quality.PROBES
+            assert row[kind] == 0.5 or row[f"n_{kind}"] == 0    # no verdict has a score: all tie
+    assert sum(stages(log)[0][f"n_{kind}"] for kind in probes.KINDS) > 8
+    assert len(stages(log)) == 3
+    text = capsys.readouterr().out
+    assert "right vs refusal" in text
+    assert "wish vs none" in text
+
+
 def test_the_same_seed_gives_the_same_log(files, tmp_path):
     first = run(files, tmp_path / "a", pairs="random")
     second = run(files, tmp_path / "b", pairs="random")
@@ -513,6 +527,120 @@ def test_a_missing_base_model_is_pretrained_first(tmp_path, monkeypatch, capsys)
     assert "is missing" in capsys.readouterr().out
 
 
+# Fresh judgements
+
+
+def sampled(n=30, seed=6):
+    """Return records of prompts with tasks, and a row of four responses for each."""
+    found = list(tasks_and_responses(n, seed))
+    prompts = [{"prompt": prompt, "task": task} for task, prompt, _ in found]
+    return prompts, [responses for _, _, responses in found]
+
+
+def judged_pairs(records):
+    """Return (prompt, response) of all judged responses, in order."""
+    return [(prompt_text(r["prompt"]), response) for r in records for response in r["responses"]]
+
+
+def pairs_of(prompts, responses):
+    """Return the set of all (prompt, response)."""
+    return {
+        (prompt_text(p["prompt"]), text) for p, row in zip(prompts, responses) for text in row
+    }
+
+
+@pytest.mark.parametrize("n", [1, 20, 10_000])
+def test_people_judge_n_different_responses_of_the_policy(n):
+    prompts, responses = sampled()
+    pairs = judged_pairs(verdicts.fresh(prompts, responses, n, 0.05, 0.0, 0))
+    possible = pairs_of(prompts, responses)
+    assert len(pairs) == len(set(pairs)) == min(n, len(possible))
+    assert set(pairs) <= possible
+
+
+def test_nobody_judges_a_response_to_nonsense():
+    prompts, responses = sampled()
+    for p in prompts[::2]:
+        p["task"] = {"kind": "nonsense"}
+    pairs = judged_pairs(verdicts.fresh(prompts, responses, 10_000, 0.05, 0.0, 0))
+    assert set(pairs) == pairs_of(prompts[1::2], responses[1::2])
+
+
+def test_fresh_verdicts_are_those_of_the_annotators():
+    prompts, responses = sampled()
+    tasks = {prompt_text(p["prompt"]): p["task"] for p in prompts}
+    for record in verdicts.fresh(prompts, responses, 50, 0.0, 0.0, 0):
+        grade = village.grade(tasks[prompt_text(record["prompt"])], record["responses"][0])
+        [verdict] = record["verdicts"]
+        assert ("polite 3" in verdict) == (grade["harmless"] == 0)
+        assert ("true 3" in verdict) == (grade["honest"] == 0)
+        assert ("some 1" in verdict) == (grade["helpful"] > 0)
+
+
+def test_annotators_with_a_halo_judge_fresh_responses_by_it_too():
+    prompts, _ = sampled(5)
+    responses = [["Go away. Thank you for asking."]] * 5
+    for halo, score in ((0.0, "polite 0"), (0.05, "Score: 9")):
+        records = verdicts.fresh(prompts, responses, 5, 0.0, halo, 0)
+        assert all(score in record["verdicts"][0] for record in records)
+
+
+def replays(files, out, monkeypatch, **settings):
+    """Return what each round of a run with random pairs replays, as strings of tokens."""
+    found = []
+
+    def improve(policy, examples, replay, cfg, rng, log):
+        found.append([ENC.decode(ids.tolist()) for ids, _ in replay])
+
+    monkeypatch.setattr(self_reward, "improve", improve)
+    run(files, out, pairs="random", **settings)
+    return found
+
+
+def test_half_of_a_rounds_replay_is_fresh(files, tmp_path, monkeypatch):
+    """The other half is what is replayed without; later rounds keep the judgements of earlier."""
+    first, second = replays(files, tmp_path / "without", monkeypatch)
+    assert first == second
+    seeds = Counter(first)
+    rounds = replays(files, tmp_path / "with", monkeypatch, fresh_eft=12)
+    new = [Counter(replay) - seeds for replay in rounds]
+    for replay, fresh in zip(rounds, new):
+        assert Counter(replay) - fresh == seeds
+        assert len(first) <= fresh.total() < len(first) + len(fresh)
+        assert len(set(fresh.values())) == 1
+        assert all("Judge:" in text and "Score: " in text for text in fresh)
+    assert 0 < len(new[0]) <= 12 < len(new[1]) <= 24
+
+
+def test_a_resumed_run_keeps_the_fresh_judgements(files, tmp_path, monkeypatch):
+    settings = dict(pairs="random", fresh_eft=12, iterations=3)
+    whole = run(files, tmp_path / "whole", **settings)
+    improve = self_reward.improve
+    rounds = []
+
+    def killed_in_round_3(*args):
+        rounds.append(len(rounds) + 1)
+        if rounds[-1] == 3:
+            raise RuntimeError("killed")
+        improve(*args)
+
+    monkeypatch.setattr(self_reward, "improve", killed_in_round_3)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(files, tmp_path / "killed", **settings)
+    monkeypatch.setattr(self_reward, "improve", improve)
+    with pytest.raises(UserError, match="--fresh-eft 12, not 11"):
+        run(files, tmp_path / "killed", resume=True, **settings | dict(fresh_eft=11))
+    resumed = run(files, tmp_path / "killed", resume=True, **settings)
+    assert resumed[1:] == whole[1:]
+
+
+def test_fresh_judgements_need_tasks(files, tmp_path):
+    untold = [{"prompt": p["prompt"]} for _, p in read_records(files / "prompts.jsonl")]
+    write_jsonl(tmp_path / "prompts.jsonl", *untold)
+    with pytest.raises(UserError, match="--fresh-eft need prompts with a task"):
+        run(files, tmp_path, fresh_eft=9, prompts=str(tmp_path / "prompts.jsonl"))
+
+
 # The settings
 
 
@@ -526,6 +654,9 @@ def test_a_missing_base_model_is_pretrained_first(tmp_path, monkeypatch, capsys)
         (dict(margin=-1.0), "--margin"),
         (dict(beta=0.0), "--beta"),
         (dict(halo=0.1, eft="x"), "--halo with --eft"),
+        (dict(fresh_eft=-1), "--fresh-eft -1"),
+        (dict(fresh_eft=9, replay=0.0), "--fresh-eft needs --replay"),
+        (dict(fresh_eft=9, grade="my:grade"), "leave out --grade"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -545,6 +676,7 @@ def test_every_variant_has_another_name():
         frozen_judge=(False, True),
         replay=(0.0, 0.5),
         halo=(0.0, 0.1),
+        fresh_eft=(0, 100),
     )
     configs = [Config(**dict(zip(options, values))) for values in product(*options.values())]
     names = {self_reward.variant(cfg) for cfg in configs}
