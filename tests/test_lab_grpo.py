@@ -9,19 +9,18 @@ import gpt
 import ppo
 import reward
 from lab import grpo
-from lab_run import Started, make_run, start
+from lab_run import Started, make_reward_run, start
 from scaffold.cli import UserError
-from tiny import assert_close, read_jsonl, same_weights, save_reward, tiny_gpt
+from tiny import Recorder, assert_close, read_jsonl, same_weights
 
 
-def make_setup(out, **settings):
-    """Write a tiny run with a reward model and load it. settings: fields of ppo.Config."""
-    make_run(out)
-    torch.manual_seed(1)
-    save_reward(out / "reward.pt", reward.RewardModel(gpt.load_model(out / "sft.pt")[0]))
-    s = grpo.load(grpo.Config(out=str(out), device="cpu"))
-    for name, value in settings.items():
-        setattr(s.ppo, name, value)
+@pytest.fixture
+def s(tmp_path):
+    """The Setup of a tiny run, with small rollouts."""
+    make_reward_run(tmp_path)
+    s = grpo.load(grpo.Config(out=str(tmp_path), device="cpu"))
+    s.ppo.rollout_size = 8
+    s.ppo.max_new_tokens = 8
     return s
 
 
@@ -154,85 +153,49 @@ def test_k3_by_brute_force():
 # The updates
 
 
-def test_ppo_updates_are_those_of_ppo(tmp_path):
-    s = make_setup(tmp_path, rollout_size=8, max_new_tokens=8, minibatches=2)
-    s.prompts = s.prompts[:10]   # several passes over them
+def test_ppo_updates_are_those_of_ppo(s):
     n = s.ppo.value_warmup + 2
-    cfg = ppo.Config(out=str(tmp_path), seed=3, device="cpu", updates=n, rollout_size=8,
-                     max_new_tokens=8, minibatches=2, table=False)
-    lines = (tmp_path / "data" / "prompts_train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "data" / "prompts_train.jsonl").write_text("".join(lines[:10]))
-    ppo.main(cfg)
     learner = grpo.new_learner(s, 3, critic=True)
     grpo.train("ppo", range(n), grpo.ppo_update, n, s, learner)
-    assert same_weights(learner.policy, gpt.load_model(tmp_path / "ppo.pt")[0])
+    ppo.main(ppo.Config(out=str(s.out), seed=3, device="cpu", updates=n, rollout_size=8,
+                        max_new_tokens=8, table=False))
+    assert same_weights(learner.policy, gpt.load_model(s.out / "ppo.pt")[0])
     assert not same_weights(learner.policy, s.reference)
 
 
-@pytest.fixture
-def unfinished(tmp_path):
-    """A run whose SFT model ends half of its responses; a long response is worth -3, others 0."""
-    s = make_setup(tmp_path, rollout_size=32, max_new_tokens=8, lr=3e-3)
-    s.reference = tiny_gpt(0)
-    s.prompts = [p for p in s.prompts if len(p["ids"]) < 50]
-    gpt.save_model(tmp_path / "sft.pt", s.reference, s.enc, "")
-    s.reward_model.score = lambda ids, lengths: torch.zeros(len(ids))
-    s.sources = {k: v._replace(train=[d[:64] for d in v.train]) for k, v in s.sources.items()}
-    return s
-
-
 @pytest.mark.parametrize("std", [True, False])
-def test_grpo_learns_to_end_responses(unfinished, std):
-    s = unfinished
+def test_grpo_learns_to_end_responses(s, monkeypatch, std):
+    """A response without an end scores -3, any other 0."""
+    s.ppo.rollout_size = 32
+    s.ppo.lr = 3e-3
+    monkeypatch.setattr(s.reward_model, "score", lambda ids, lengths: torch.zeros(len(ids)))
+    rollouts = Recorder(monkeypatch, ppo, "rollout").calls
     cfg = grpo.Config(group=4, std=std, beta=0.01)
-    learner = grpo.new_learner(s, 0)
-    ended = []
-    rollout = ppo.rollout
-
-    def spy(*args, **kwargs):
-        b = rollout(*args, **kwargs)
-        ended.append(b.ended.float().mean().item())
-        return b
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "rollout", spy)
-        grpo.train("grpo", range(12), grpo.grpo_update, 12, s, learner, cfg)
+    grpo.train("grpo", range(12), grpo.grpo_update, 12, s, grpo.new_learner(s, 0), cfg)
+    ended = [b.ended.float().mean().item() for _, b in rollouts]
     assert 0.2 < ended[0] < 0.8
-    assert ended[-1] > ended[0] + 0.15
+    assert min(ended[-2:]) > ended[0] + 0.15
 
 
-def test_a_group_shares_its_prompt_and_one_advantage(unfinished, monkeypatch):
-    s = unfinished
-    seen = []
-    policy_loss = ppo.policy_loss
-
-    def spy(logprobs, old_logprobs, advantages, mask, clip):
-        seen.append((advantages, mask))
-        return policy_loss(logprobs, old_logprobs, advantages, mask, clip)
-
-    asked = []
-    rollout = ppo.rollout
-
-    def spy_rollout(*args, **kwargs):
-        asked.extend(args[5])
-        return rollout(*args, **kwargs)
-
-    monkeypatch.setattr(ppo, "policy_loss", spy)
-    monkeypatch.setattr(ppo, "rollout", spy_rollout)
+def test_a_group_shares_its_prompt_and_one_advantage(s, monkeypatch):
+    rollouts = Recorder(monkeypatch, ppo, "rollout").calls
+    losses = Recorder(monkeypatch, ppo, "policy_loss").calls
     grpo.grpo_update(0, 4, s, grpo.new_learner(s, 0), grpo.Config(group=4))
-    groups = [asked[i:i + 4] for i in range(0, 32, 4)]
-    assert len(groups) == 8
-    assert all(group == [group[0]] * 4 for group in groups)
-    assert len({tuple(group[0]) for group in groups}) > 4
-    for advantages, mask in seen:
+    (arguments, b), = rollouts
+    prompts = arguments[5]
+    assert len(prompts) == s.ppo.rollout_size == 8
+    assert prompts[0] == prompts[1] == prompts[2] == prompts[3] != prompts[4]
+    assert prompts[4] == prompts[5] == prompts[6] == prompts[7]
+    assert len(losses) == s.ppo.epochs * s.ppo.minibatches
+    expected = grpo.group_advantages(b.scores, 4).unique()
+    for (_, _, advantages, mask, _), _ in losses:
         assert (advantages[mask == 0] == 0).all()
         per_row = advantages.sum(1) / mask.sum(1)
         assert_close(advantages, per_row[:, None] * mask, 1e-5)
-    assert len(seen) == s.ppo.epochs * s.ppo.minibatches
+        assert (per_row[:, None] - expected).abs().amin(1).max() < 1e-5
 
 
-def test_learning_rate_0_changes_nothing(unfinished):
-    s = unfinished
+def test_learning_rate_0_changes_nothing(s):
     s.ppo.lr = 0.0
     learner = grpo.new_learner(s, 0)
     grpo.grpo_update(0, 4, s, learner, grpo.Config())
@@ -242,8 +205,7 @@ def test_learning_rate_0_changes_nothing(unfinished):
 # The comparison
 
 
-def test_a_copy_of_sft_is_measured_as_sft(tmp_path):
-    s = make_setup(tmp_path)
+def test_a_copy_of_sft_is_measured_as_sft(s):
     rows = grpo.evaluate_policies(s, {"copy": s.reference}, seed=0)
     assert {"sft", "sft-greedy", "copy"} <= set(rows)
     assert rows["copy"]["kl_to_sft"] == 0
@@ -281,11 +243,10 @@ def test_the_verdict_does_not_hold(numbers):
     assert "does not hold" in verdict(**numbers)
 
 
-def test_it_runs_and_logs(tmp_path, capsys, monkeypatch):
-    s = make_setup(tmp_path, rollout_size=8, max_new_tokens=8)
+def test_it_runs_and_logs(s, capsys, monkeypatch):
     monkeypatch.setattr(grpo, "load", lambda cfg: s)
-    grpo.main(grpo.Config(out=str(tmp_path), group=4, updates=4, seeds=1, seed=2, device="cpu"))
-    rows = {r["run"]: r for r in read_jsonl(tmp_path / "lab-grpo.jsonl")}
+    grpo.main(grpo.Config(out=str(s.out), group=4, updates=4, seeds=1, seed=2, device="cpu"))
+    rows = {r["run"]: r for r in read_jsonl(s.out / "lab-grpo.jsonl")}
     assert list(rows) == list(grpo.TITLES)
     assert {r["seed"] for r in rows.values()} == {2}
     assert rows["ppo"]["updates"] == rows["grpo"]["updates"] == 4
