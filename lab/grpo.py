@@ -15,17 +15,17 @@ The KL. With d = log pi - log pi_ref of a sampled token, two estimators have the
     k1 = d                    PPO subtracts beta * k1 from the reward
     k3 = exp(-d) - 1 + d      GRPO adds beta * k3 to the loss
 
-A reward of GRPO must stay a number per response, which the group compares and divides by its std.
-A penalty inside would lose its place in the response and be divided, too: beta would mean something
-else in each group. So the penalty goes into the loss. There k1 fails: the gradient of its mean is
-not the mean of its gradient, which is 0. The gradient of k3 in the loss is that of KL(pi_ref || pi)
-over the next token: another divergence than PPO's KL(pi || pi_ref), with the same minimum.
+GRPO compares one number per response and divides it by the std of the group. A penalty in that
+number would lose its place in the response, and beta would weigh differently in each group. So the
+penalty goes into the loss. There k1 does nothing: the mean of its gradient is 0. The mean gradient
+of k3 is that of KL(pi_ref || pi) of the next token. This is another divergence than the
+KL(pi || pi_ref) of PPO, but both are 0 only at the reference.
 
 Claim (DeepSeekMath). Without a critic, GRPO does as well as PPO from as many samples, in less time.
 
-    ppo           as ppo.py: its loop, its settings, --updates rollouts
-    grpo          as many responses, from fewer prompts: a group shares one
-    grpo, longer  as many CPU seconds of training as PPO
+    ppo                    the loop of ppo.py with its settings; only the critic learns at first
+    grpo, equal samples    as many responses, to fewer prompts
+    grpo, equal time       as many CPU seconds of training
 
 All start from OUT/sft.pt and OUT/reward.pt, and respond to prompts of held-out users.
 
@@ -225,8 +225,8 @@ def train(name, updates, take_update, *arguments):
 
 def evaluate_policies(s, policies, seed):
     """Return {name: row of evaluate.py} of sft, sft-greedy and the policies {name: GPT}."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for file in ("sft.pt", "reward.pt"):
             shutil.copy(s.out / file, folder)
         for name, policy in policies.items():
@@ -291,18 +291,16 @@ def print_results(rows):
 
 def compare(s, seed, cfg):
     """Train and measure all runs of one seed -> their rows."""
-    learners = {"ppo": new_learner(s, seed, critic=True), "grpo": new_learner(s, seed),
-                "grpo-longer": new_learner(s, seed)}
-    updates = {"ppo": cfg.updates, "grpo": cfg.updates}
+    n = cfg.updates
+    learners = {name: new_learner(s, seed, critic=name == "ppo")
+                for name in ("ppo", "grpo", "grpo-longer")}
     seconds = {}
-    for name, learner in learners.items():
-        if name == "grpo-longer":
-            updates[name] = max(1, round(cfg.updates * seconds["ppo"] / seconds["grpo"]))
-        n = updates[name]
-        if name == "ppo":
-            seconds[name] = train(name, range(n), ppo_update, n, s, learner)
-        else:
-            seconds[name] = train(name, range(n), grpo_update, n, s, learner, cfg)
+    seconds["ppo"] = train("ppo", range(n), ppo_update, n, s, learners["ppo"])
+    seconds["grpo"] = train("grpo", range(n), grpo_update, n, s, learners["grpo"], cfg)
+    longer = max(1, round(n * seconds["ppo"] / seconds["grpo"]))
+    seconds["grpo-longer"] = train("grpo, longer", range(longer), grpo_update, longer, s,
+                                   learners["grpo-longer"], cfg)
+    updates = {"ppo": n, "grpo": n, "grpo-longer": longer}
     measured = evaluate_policies(s, {k: v.policy for k, v in learners.items()}, seed)
     return [{"run": name, "seed": seed, "updates": updates.get(name),
              "cpu_seconds": seconds.get(name)} | measures(measured[name]) for name in TITLES]

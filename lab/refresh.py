@@ -24,8 +24,8 @@ held-out users that people have ranked:
                 then the labelers' errors decide
     right       share of the pairs that it orders as the gold program does
 
-    python lab/refresh.py                  three seeds
-    python lab/refresh.py --seeds 1 --more a first look, with the third run
+    python lab/refresh.py                     three seeds
+    python lab/refresh.py --seeds 1 --more    a first look, with the third run
 
 Nine minutes on two CPU cores. Trains the stages before it if they are missing.
 Read next: ../self_reward.py, where the policy ranks its own responses.

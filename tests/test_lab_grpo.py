@@ -177,16 +177,31 @@ def test_grpo_learns_to_end_responses(s, monkeypatch, std):
     assert min(ended[-2:]) > ended[0] + 0.15
 
 
+def test_beta_holds_the_policy_back(s, monkeypatch):
+    s.ppo.rollout_size = 32
+    s.ppo.lr = 3e-3
+    monkeypatch.setattr(s.reward_model, "score", lambda ids, lengths: torch.zeros(len(ids)))
+    rollouts = Recorder(monkeypatch, ppo, "rollout").calls
+    drift = []
+    for beta in (0.0, 10.0):
+        learner = grpo.new_learner(s, 0)
+        grpo.train("grpo", range(8), grpo.grpo_update, 8, s, learner, grpo.Config(beta=beta))
+        last = rollouts[-1][1]
+        drift.append(grpo.k3(last.logprobs, last.ref_logprobs, last.mask).item())
+    assert drift[1] < 0.5 * drift[0]
+
+
 def test_a_group_shares_its_prompt_and_one_advantage(s, monkeypatch):
     rollouts = Recorder(monkeypatch, ppo, "rollout").calls
     losses = Recorder(monkeypatch, ppo, "policy_loss").calls
+    text_losses = Recorder(monkeypatch, ppo, "ptx_loss").calls
     grpo.grpo_update(0, 4, s, grpo.new_learner(s, 0), grpo.Config(group=4))
     (arguments, b), = rollouts
     prompts = arguments[5]
     assert len(prompts) == s.ppo.rollout_size == 8
     assert prompts[0] == prompts[1] == prompts[2] == prompts[3] != prompts[4]
     assert prompts[4] == prompts[5] == prompts[6] == prompts[7]
-    assert len(losses) == s.ppo.epochs * s.ppo.minibatches
+    assert len(losses) == len(text_losses) == s.ppo.epochs * s.ppo.minibatches
     expected = grpo.group_advantages(b.scores, 4).unique()
     for (_, _, advantages, mask, _), _ in losses:
         assert (advantages[mask == 0] == 0).all()
