@@ -2,8 +2,9 @@
 import torch
 
 import gpt
+import reward
 from data import corpus
-from tiny import ENC
+from tiny import END, ENC, save_reward
 
 
 class Started(Exception):
@@ -26,4 +27,19 @@ def make_run(out):
     data = str(out / "data" / "pretrain")
     for name in ("gpt.pt", "sft.pt"):
         gpt.save_model(out / name, model, ENC, "", seed=0, data=data, val_fraction=0.2, mixture="")
+    return out
+
+
+def make_reward_run(out):
+    """Add a reward model that has learned nothing; sft.pt now ends half its responses in 8 tokens.
+
+    Otherwise hardly any response would have an end, and all of them the same score.
+    """
+    make_run(out)
+    model, enc, base = gpt.load_model(out / "sft.pt")
+    end = model.wte.weight[END].detach()
+    model.ln_f.bias.data += 4.5 * end / end.square().sum()   # raises the end token's logit by 4.5
+    gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=0)
+    torch.manual_seed(1)
+    save_reward(out / "reward.pt", reward.RewardModel(model))
     return out
