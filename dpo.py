@@ -12,7 +12,8 @@ model. Z(x) is the same for both responses and cancels, and the loss trains the 
 
 for w better than l, where log pi(y|x) is the sum over the response's tokens and its end token. The
 reference is the frozen fine-tuned model, so its log-probs are computed once. The K responses of a
-prompt stay in one batch, as in reward.py: each is computed once, whatever its number of pairs.
+prompt stay in one batch, as in reward.py: each is computed once, whatever its number of pairs. The
+loss is the mean over the pairs of a batch: of its prompts, those with more pairs weigh more.
 
     python dpo.py                                          on the same rankings as reward.py
     python dpo.py --data pairs.jsonl.gz --out out/mine     pairs or ranks, see data/README.md
@@ -46,7 +47,7 @@ from scaffold.table import format_table, print_samples
 @dataclass
 class Config(RunConfig):
     data: str = ""               # ranked responses; empty: the village's, of samples of OUT/sft.pt
-    val: str = ""                # the same for validation; empty: 5% of the users of data
+    val: str = ""                # the same for validation; empty: 5% of the users (or prompts)
     name: str = "dpo"            # the checkpoint becomes OUT/NAME.pt; evaluate.py lists all names
     loss: str = "sigmoid"        # sigmoid (the paper's) or ipo (squared loss to a fixed margin)
     beta: float = 0.3            # KL strength; the paper's 0.1 moves further and gains less here

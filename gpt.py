@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from data import checkpoint, corpus, huggingface
 from data.text import by_length, draw_rows, pack, pad, predicted, read_corpus, windows
-from data.tokenizer import end_of, fingerprint, get_tokenizer, token_bytes
+from data.tokenizer import EMBEDDED, end_of, fingerprint, get_tokenizer, token_bytes
 from scaffold.cli import (
     RunConfig, UserError, brief, choose, pick_device, require, run_folder, start)
 from scaffold.distributed import global_mean, rank0_first, shard
@@ -419,8 +419,8 @@ def main(cfg):
     optimizer = {"muon": muon, "adamw": adamw}[cfg.optimizer](model, cfg.lr, cfg.weight_decay)
     rng = random.Random(cfg.seed)
     drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
-    run = Run(cfg, "gpt", [cfg.data, cfg.init, cfg.init_from], model=model, optimizer=optimizer,
-              rng=rng, drawn=drawn)
+    inputs = [cfg.data, cfg.init, cfg.init_from, cfg.tokenizer or EMBEDDED]
+    run = Run(cfg, "gpt", inputs, model=model, optimizer=optimizer, rng=rng, drawn=drawn)
     model.train()
     for step in run.steps(cfg.steps):
         ids, segments = map(shard, draw_rows(sources, drawn, cfg.batch_tokens, T, rng))

@@ -40,10 +40,9 @@ import reward
 import sft
 from data import corpus
 from data.formats import load_grader, load_prompts, mean_grade
-from data.text import checkpoint_text, draw_rows, pad, predicted
+from data.text import checkpoint_text, draw_rows, pad, predicted, text_files
 from data.tokenizer import end_of, fingerprint
-from scaffold.cli import (
-    RunConfig, UserError, check_name, pick_device, require, run_folder, start)
+from scaffold.cli import RunConfig, UserError, check_name, pick_device, require, run_folder, start
 from scaffold.distributed import (
     all_gather_ids, all_reduce_mean, global_mean, rank, rank0_first, shard, world_size)
 from scaffold.health import masked_mean, ppo_metrics, warn_once
@@ -265,16 +264,17 @@ def main(cfg):
         raise UserError(f"{cfg.prompts}: no prompt fits the context; lower --max-new-tokens")
     gold = load_grader(cfg.gold, prompts)
     state = {"beta": cfg.beta, "warned": {}}
+    inputs = [out / "sft.pt", out / "reward.pt", cfg.prompts]
     if cfg.ptx:
         sources = checkpoint_text(out / "gpt.pt", enc, policy.config.block_size, cfg.text)
+        inputs += text_files(out / "gpt.pt", cfg.text)
         state["drawn"] = dict.fromkeys(sources, 0)   # tokens of each source so far
     policy_optimizer = adamw(policy, cfg.lr)
     value_optimizer = adamw(value_model, cfg.lr)
     rng = random.Random(cfg.seed)
     order = []   # prompts left in this pass
-    run = Run(cfg, cfg.name, [out / "sft.pt", out / "reward.pt", cfg.prompts], policy=policy,
-              value=value_model, policy_optimizer=policy_optimizer,
-              value_optimizer=value_optimizer, rng=rng, order=order, state=state)
+    run = Run(cfg, cfg.name, inputs, policy=policy, value=value_model, rng=rng, order=order,
+              state=state, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
     print(f"ppo.py: {len(prompts):,} prompts, {cfg.updates} updates of {cfg.rollout_size} "
           f"responses, device {device}")
     for update in run.steps(cfg.updates):

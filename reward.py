@@ -4,7 +4,7 @@ Idea. There is no formula for "helpful", but people can say which of K responses
 fine-tuned model, replace its unembedding (C -> V) by one linear layer (C -> 1), and train this
 score to be larger for the better response (InstructGPT, 2203.02155, eq. 1):
 
-    loss = -1/P * sum over the P pairs (w better than l) of log sigmoid( r(x, w) - r(x, l) )
+    loss = -1/P * sum over a prompt's P pairs, w better than l, of log sigmoid( r(x, w) - r(x, l) )
 
 The score is read at the end token, which has seen the whole response. The K responses of a prompt
 share a batch: K forward passes serve K(K-1)/2 pairs. With one batch per pair, each response would
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import gpt
 import sft
 from data import checkpoint, labelers
-from data.formats import load_comparisons, load_grader, load_val, mean_grade
+from data.formats import load_comparisons, load_grader, load_val, mean_grade, split_names
 from data.rankings import aligned, print_probes, print_widest, report, targets, word_scores
 from data.text import batches, pad, sorted_batches
 from data.tokenizer import end_of
@@ -45,7 +45,7 @@ from scaffold.table import print_row
 @dataclass
 class Config(RunConfig):
     data: str = ""               # ranked responses; empty: ranked samples of OUT/sft.pt
-    val: str = ""                # the same for validation; empty: 5% of the users of data
+    val: str = ""                # the same for validation; empty: 5% of the users (or prompts)
     init: str = ""               # the checkpoint to start from, of any size; empty: OUT/sft.pt
     probe: str = ""              # pairs to score with the finished OUT/reward.pt; no training
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
@@ -261,6 +261,7 @@ def ranked_data(cfg, out, enc, block_size):
 
 def batch_plan(sizes, cfg, rng):
     """Batch prompts of similar size (in tokens); random batches would be half padding."""
+    # The loss is a mean per batch, so prompts in small batches (many or long responses) weigh more.
     budget = cfg.batch_prompts * sum(sizes) // len(sizes)
     return [rows for _ in range(cfg.epochs) for rows in batches(sizes, budget, rng)]
 
@@ -303,7 +304,8 @@ def main(cfg):
                     loss=cfg.loss)
     gold = load_grader(cfg.gold, [c.record for c in train + val])
     words = word_scores(train)
-    for name, comparisons in (("training users", train[:400]), ("held-out users", val)):
+    names = split_names([c.record for c in train], [c.record for c in val])
+    for name, comparisons in zip(names, (train[:400], val)):
         row = report(name, comparisons, score_all(model, comparisons, device), words, gold)
         run.log(**row)
         print_row(row)

@@ -8,7 +8,8 @@ a list of them. So it writes the training set itself:
     2. identify    ask, with a few examples: "Is it classification?"
     3. instances   let the model write an input and its output; for classification the label first,
                    then an input for it (input first gives the commonest label again and again)
-    4. filter      drop instances without an output, and inputs with two different outputs
+    4. filter      drop instances without an output, and all of a task that gives one input two
+                   outputs
     5. fine-tune   the same base model on what it wrote, in several prompt templates
 
 An instruction is dropped if it is too short or too long, if it asks for an image, or if it is too

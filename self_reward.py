@@ -118,10 +118,14 @@ def make_pairs(responses, scores, margin):
     return pairs, dropped
 
 
-def tokenize(enc, prompt, response):
-    """Tokenize a chat and its next response -> sft.Example with mask 1 on that response alone."""
+def tokenize(enc, prompt, response, room=None):
+    """Tokenize a chat and its next response -> sft.Example with mask 1 on that response alone.
+
+    Cuts the response to `room` tokens: it can have more of them than were sampled, because half a
+    character becomes a replacement character, which is three tokens or more.
+    """
     response_ids = enc.encode_ordinary(response) + [end_of(enc)]
-    return sft.response_example(sft.render_prompt(prompt, enc), response_ids)
+    return sft.response_example(sft.render_prompt(prompt, enc), response_ids[:room])
 
 
 def eft_examples(records, enc, block_size, rng):
@@ -335,10 +339,9 @@ def load_prompts(cfg, out, enc, room):
         return prompts
 
     pool = load(cfg.prompts) if cfg.prompts else []
-    if cfg.test or not cfg.prompts:
-        test = load(cfg.test or out / "data" / "prompts_test.jsonl")
-    else:
-        pool, test = formats.split_by_user(pool, seed=cfg.seed)
+    if not cfg.prompts:
+        cfg.test = cfg.test or str(out / "data" / "prompts_test.jsonl")
+    pool, test = formats.load_val(pool, cfg.test, load, cfg.seed)
     return test[:cfg.n_test], pool
 
 
@@ -380,7 +383,9 @@ def main(cfg):
     prefix = "" if name == "main" else f"{name}-"
     ended = folder / f"{name}.ended"   # marks a run that ended before its last round
     made = ended if ended.exists() else folder / f"{prefix}M{cfg.iterations + 1}.pt"
-    inputs = [init, cfg.data, cfg.eft, cfg.prompts, cfg.test, *out.glob("data/*_train.jsonl")]
+    village = out / "data"
+    inputs = [init, cfg.data or village / "sft_train.jsonl", cfg.test,
+              cfg.eft or village / "ranked_train.jsonl", cfg.prompts or out / "long" / "gpt.pt"]
     rows = []      # of the table
     history = []   # for each model its gold scores and its responses
     fresh = []     # judgements by people of the responses of all rounds so far
@@ -424,7 +429,8 @@ def main(cfg):
             print(f"fewer than {cfg.batch_pairs} pairs, and the run ends here: {cause}")
             ended.touch()
             break
-        examples = [tokenize(enc, prompts[p.prompt]["prompt"], responses[p.prompt][k])
+        examples = [tokenize(enc, prompts[p.prompt]["prompt"], responses[p.prompt][k],
+                             cfg.max_new_tokens + 1)
                     for p in pairs for k in (p.chosen, p.rejected)]
         if cfg.fresh_eft:
             fresh += verdicts.fresh(prompts, responses, cfg.fresh_eft, cfg.noise, cfg.halo, seed)

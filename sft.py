@@ -42,7 +42,7 @@ from scaffold.table import print_row, print_samples
 @dataclass
 class Config(RunConfig):
     data: str = ""               # chats or Alpaca records; empty: the village's demonstrations
-    val: str = ""                # chats for validation; empty: 5% of the users (or records) of data
+    val: str = ""                # chats for validation; empty: 5% of the users (or prompts) of data
     init: str = ""               # the checkpoint to start from; empty: OUT/gpt.pt
     epochs: int = 4              # passes over the data; InstructGPT made 16 and chose by reward
     select: str = "val"          # epoch to keep: val (lowest loss), reward (highest score) or last
@@ -102,18 +102,17 @@ def chat_loss(model, ids, mask):
 
 def tokenize(chats, enc, block_size):
     """Render chats -> [Example]. Chats longer than the context lose their end."""
-    examples, cut, lost = [], 0, 0
+    examples = []
+    cut = 0
     for chat in chats:
         ids, mask = render(chat["messages"], enc)
         cut += len(ids) > block_size
         example = Example(torch.tensor(ids[:block_size]), torch.tensor(mask[:block_size]))
         if example.mask.any():
             examples.append(example)
-        else:
-            lost += 1
     if cut:
         print(f"{cut} of {len(chats)} chats lose their end to fit the context of {block_size}; "
-              f"{lost} have no response left and are skipped")
+              f"{len(chats) - len(examples)} have no response left and are skipped")
     if not examples:
         raise UserError(f"no chat has a response within the context of {block_size} tokens; "
                         f"pretrain with a larger --block-size")
@@ -218,11 +217,13 @@ def main(cfg):
     prompts = fit_prompts([p for p in prompts if p["prompt"]], enc, block_size - 1)
     shown = [p["prompt"] for p in prompts[:3]]
     before = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
+    inputs = [init, cfg.data, cfg.val]
     if cfg.select == "reward":
         import reward   # lazy: a later stage, which only this choice needs
         if not (out / "reward.pt").exists() or not prompts:
             raise UserError(f"--select reward needs prompts that fit the context, and "
                             f"{out / 'reward.pt'}; train it first: python reward.py --out {out}")
+        inputs.append(out / "reward.pt")
         reward_model = reward.load_reward(out / "reward.pt", device)[0]
         gold = load_grader(cfg.gold, prompts)
     rng = random.Random(cfg.seed)
@@ -232,8 +233,7 @@ def main(cfg):
     ends = list(accumulate(map(len, plan)))   # the number of steps at the end of each epoch
     optimizer = adamw(model, cfg.lr, 0.01)
     table, best = [], {}   # one row per epoch; the epoch to keep
-    run = Run(cfg, "sft", [init, cfg.data, cfg.val], model=model, optimizer=optimizer, table=table,
-              best=best)
+    run = Run(cfg, "sft", inputs, model=model, optimizer=optimizer, table=table, best=best)
     print(f"sft.py: {len(examples):,} chats, {sum(lengths):,} tokens, {len(order)} steps, "
           f"device {device}")
     for step in run.steps(len(order)):

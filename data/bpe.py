@@ -36,7 +36,7 @@ import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.text import write_text
+from data.text import read_text, split_documents, write_text
 from data.tokenizer import SPECIAL
 from scaffold.cli import UserError, start
 
@@ -114,19 +114,14 @@ def find_files(data):
 
 
 def read_texts(files):
-    """Yield the text of each file, one at a time. Raises UserError if a file is not UTF-8.
+    """Yield the documents of each file, one at a time, as gpt.py reads them.
 
-    No word spans two files, so the order of the files does not matter.
+    The lines between them, just `<|end|>`, are no text: a token for them would never be used. No
+    word spans two documents, so the order of the files does not matter. Raises UserError if a file
+    is not UTF-8.
     """
     for path in files:
-        try:
-            # Not Path.read_text(): it turns \r\n into \n, and no token would contain a \r.
-            yield path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: byte {e.start} is not UTF-8; "
-                            f"convert it: iconv -f latin1 -t utf-8 {path} > fixed.txt") from None
-        except OSError as e:
-            raise UserError(f"{path}: {e.strerror}; give a readable file with --data") from None
+        yield from split_documents(read_text(path))
 
 
 def count_words(texts):

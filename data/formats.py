@@ -327,35 +327,63 @@ def load_seed_tasks(path):
     return tasks
 
 
+def prompt_key(record):
+    """Return the prompt of a record as a string, "" if it has none.
+
+    For Alpaca's records it is what fills the template, because the template is random.
+    """
+    if "instruction" in record and "output" in record:
+        return f"{record['instruction']}\n{record.get('input') or ''}"
+    messages = record.get("prompt") or prompt_of(record.get("messages", []))
+    return "\n".join(m["content"] for m in messages)
+
+
+def users_of(records):
+    """Return the user of each record as a string, None without one."""
+    return [None if r.get("user") is None else str(r["user"]) for r in records]
+
+
 def split_by_user(records, fraction=0.05, seed=0):
     """Split records into (train, validation) that share no user.
 
-    One user asks similar things, so a random split would leak. Records without users are split at
-    random.
+    If the records name fewer than two users, the parts share no prompt instead. One user asks
+    similar things, and one prompt may have many records, so a random split would leak. Beside
+    records with users, those without one are for training. If there is only one prompt, both parts
+    are all records.
     """
-    users = sorted({str(r["user"]) for r in records if r.get("user") is not None})
-    random.Random(seed).shuffle(users)
-    if len(users) > 1:
-        held_out = set(users[:max(1, round(fraction * len(users)))])
-        in_val = [r.get("user") is not None and str(r["user"]) in held_out for r in records]
-        train = [r for r, v in zip(records, in_val) if not v]
-        val = [r for r, v in zip(records, in_val) if v]
-        return train, val
-    order = list(range(len(records)))
-    random.Random(seed).shuffle(order)
-    held_out = set()
-    if len(records) > 1:
-        held_out = set(order[:max(1, round(fraction * len(records)))])
-    train = [r for i, r in enumerate(records) if i not in held_out]
-    val = [records[i] for i in sorted(held_out)]
-    return train, val or records
+    groups = users_of(records)
+    if len(set(groups) - {None}) < 2:
+        # A record without a prompt is a group of its own.
+        groups = [prompt_key(r) or f"record {i}" for i, r in enumerate(records)]
+    names = sorted(set(groups) - {None})
+    if len(names) < 2:
+        return records, records
+    random.Random(seed).shuffle(names)
+    held_out = set(names[:max(1, round(fraction * len(names)))])
+    in_val = [group in held_out for group in groups]
+    train = [r for r, v in zip(records, in_val) if not v]
+    val = [r for r, v in zip(records, in_val) if v]
+    return train, val
+
+
+def split_names(train, val):
+    """Name two parts of the data by what they do not share -> (name of train, name of val)."""
+    users = set(users_of(val))
+    if None not in users and not users & set(users_of(train)):
+        return "training users", "held-out users"
+    if not {prompt_key(r) for r in val} & {prompt_key(r) for r in train}:
+        return "training prompts", "held-out prompts"
+    return "training", "validation"
 
 
 def load_val(train, path, load, seed):
     """Load the validation records of a file, or split them off by user -> (train, validation)."""
     if path:
         return train, load(path)
-    return split_by_user(train, seed=seed)
+    n = len(train)
+    train, val = split_by_user(train, seed=seed)
+    print(f"{len(val):,} of {n:,} records are for validation: {split_names(train, val)[1]}")
+    return train, val
 
 
 def load_grader(spec, records, flag="--gold"):

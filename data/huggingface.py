@@ -12,6 +12,11 @@ from scaffold.run import load_checkpoint, save_checkpoint
 # Our name for a size -> theirs.
 SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
              n_embd="n_embd")
+# The settings that a gpt.GPT computes. With other values the same weights give other logits. The
+# first value is the one that transformers takes for a missing key.
+COMPUTED = dict(model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
+                layer_norm_epsilon=[1e-5], scale_attn_weights=[True],
+                scale_attn_by_inverse_layer_idx=[False])
 # Hugging Face stores these matrices of a block as (in, out), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The parameters of a gpt.GPT; older files store other tensors beside them, such as causal masks.
@@ -20,17 +25,27 @@ NAME = re.compile(r"(wte|wpe)\.weight|(ln_f|h\.(?P<layer>\d+)\.(ln_1|ln_2|attn\.
 
 
 def read_sizes(folder):
-    """Read config.json -> {field of gpt.GPTConfig: number}. Raises UserError."""
+    """Read config.json -> {field of gpt.GPTConfig: number}.
+
+    Raises UserError if it is malformed, or if it describes a model that a gpt.GPT does not compute.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder}: no config.json there; "
                         f"--init-from needs a folder in Hugging Face's GPT-2 layout")
     try:
         raw = json.loads(read_text(path))
-        return {ours: raw[theirs] for ours, theirs in SIZES.items()}
+        sizes = {ours: raw[theirs] for ours, theirs in SIZES.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         reason = f"{type(e).__name__} {brief(e)}"
         raise UserError(f"{path}: not a GPT-2 configuration ({reason})") from None
+    for key, allowed in COMPUTED.items():
+        value = raw.get(key, allowed[0])
+        if value not in allowed:
+            listed = " or ".join(map(repr, allowed))
+            raise UserError(f"{path}: {key} is {brief(repr(value))}, but gpt.py computes only "
+                            f"{listed}; convert a model with that setting instead")
+    return sizes
 
 
 def read_weights(folder):
@@ -62,8 +77,14 @@ def read(folder):
             match = NAME.fullmatch(name)
             if match and int(match["layer"] or 0) < sizes["n_layer"]:
                 ours[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+        wte = ours.get("wte.weight")
+        head = weights.get("lm_head.weight", wte)   # gpt2's own file has none
+        tied = head is wte or (head.shape == wte.shape and bool((head == wte).all()))
     except (AttributeError, TypeError) as e:   # not a dict of names and tensors
         raise UserError(f"{folder}: not GPT-2 weights ({brief(e)})") from None
+    if not tied:
+        raise UserError(f"{folder}: lm_head.weight differs from wte.weight, but gpt.py has one "
+                        f"matrix for both; convert a model with tied embeddings instead")
     return sizes, ours
 
 

@@ -475,11 +475,11 @@ def pollute(rng, n_good=2500):
 
     Returns (good documents, all documents, {person: Secret}).
     """
-    good = list({
+    good = list(dict.fromkeys(   # not a set: its order differs from process to process
         make(rng)
         for make, share in corpus.SOURCES.values()
         for _ in range(round(2 * share * n_good))
-    })
+    ))
     rng.shuffle(good)
     good = good[:n_good]
     dirty = list(good)

@@ -21,8 +21,8 @@ from scaffold.run import load_checkpoint
 
 class Source(NamedTuple):
     """One text file, tokenized. A document is a 1-D tensor of ids that ends with <|end|>."""
-    train: list      # documents
-    val: list        # documents
+    train: list      # documents, cut to the context
+    val: list        # documents, whole
     weight: float    # share of the tokens drawn, relative to the other sources
 
 
@@ -76,6 +76,15 @@ def split_validation(documents, n):
     return train, val[::-1]
 
 
+def cut(document, T):
+    """Cut a document into pieces of at most T tokens, so that each token is read equally often.
+
+    A piece starts with the last token of the piece before. So every token but the first of the
+    document is predicted in one piece, <|end|> included.
+    """
+    return [document[i:i + T] for i in range(0, max(1, len(document) - 1), max(1, T - 1))]
+
+
 def read_weights(path, mixture):
     """Return ({source: weight}, origin of the weights) from --mixture or the folder's mixture.json.
 
@@ -105,9 +114,9 @@ def read_weights(path, mixture):
 def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     """Read a text file, or every *.txt of a folder -> {name: Source}.
 
-    The tail of each source is kept for validation. The weights are `mixture` ('books=2,web=1'),
-    else those of the folder's mixture.json, else the sizes. Raises UserError for a text that is
-    missing or too short.
+    The tail of each source is kept for validation. Training documents are cut to block_size. The
+    weights are `mixture` ('books=2,web=1'), else those of the folder's mixture.json, else the
+    sizes. Raises UserError for a text that is missing or too short.
     """
     path = Path(path)
     end = end_of(enc)
@@ -128,7 +137,8 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
         name = file.stem
         if path.is_dir():
             name = file.relative_to(path).with_suffix("").as_posix()
-        sources[name] = Source(train, val, sum(map(len, train)))
+        pieces = [piece for document in train for piece in cut(document, block_size)]
+        sources[name] = Source(pieces, val, sum(map(len, train)))
     weights, origin = read_weights(path, mixture)
     if not weights:
         return sources
@@ -160,13 +170,18 @@ def checkpoint_text(path, enc, block_size, other=""):
     return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
 
 
+def text_files(path, other=""):
+    """Return the files and folders that decide what checkpoint_text returns."""
+    return [other] if other else [path, load_checkpoint(path)["data"]]
+
+
 def draw_rows(sources, drawn, n_tokens, T, rng):
     """Fill rows of T tokens with random documents -> ids, segments (B, T), as `pack` returns.
 
     There are as many rows as fit into n_tokens, but at least one. The last document of a row is cut
-    where the row ends; one that is longer than T contributes a random window. The next document
-    comes from the source that is furthest behind its weight. drawn: {source: tokens so far},
-    changed in place.
+    where the row ends. A document that `cut` has not cut to T tokens contributes a random window.
+    The next document comes from the source that is furthest behind its weight. drawn: {source:
+    tokens so far}, changed in place.
     """
     weights = {name: source.weight for name, source in sources.items() if source.weight}
     pieces = []
@@ -188,7 +203,7 @@ def windows(documents, T, limit):
     pieces, n = [], 0
     for document in documents:
         if n < limit:
-            pieces += document[:limit - n].split(T)
+            pieces += cut(document[:limit - n], T)
             n += len(document)
     return pieces
 

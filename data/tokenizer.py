@@ -13,6 +13,7 @@ import tiktoken
 
 from scaffold.cli import UserError, brief
 
+EMBEDDED = Path(__file__).with_name("tokenizer.json")
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 # Characters of all kinds, for a test of a tokenizer's pattern.
 PROBE = "".join(map(chr, range(1, 500)))
@@ -52,7 +53,7 @@ def get_tokenizer(name=None):
     name: a file made by data/bpe.py, a tiktoken name such as gpt2, or None for the embedded one.
     Raises UserError if there is no such tokenizer.
     """
-    path = Path(name) if name else Path(__file__).with_name("tokenizer.json")
+    path = Path(name or EMBEDDED)
     if os.path.isfile(path):   # Path.is_file raises for a name that is too long
         try:
             return read_tokenizer(path)

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 from data import clean, corpus, junk
-from data.text import Source, draw_rows, pack, pad
+from data.text import Source, cut, draw_rows, pack, pad
 from data.tokenizer import end_of, get_tokenizer
 from lab.cot import mean
 from scaffold.cli import require, run_folder, start
@@ -93,7 +93,7 @@ def measure_copies(rng, threshold, n=1000, each=50):
 
     Returns (list of CopyRow, share of the different pages that are taken for copies).
     """
-    pages = list({corpus.tale(rng) for _ in range(n)})
+    pages = list(dict.fromkeys(corpus.tale(rng) for _ in range(n)))
     planted = {change: [] for change in junk.COPIES}
     for change, alter in junk.COPIES.items():
         for _ in range(each):
@@ -172,7 +172,8 @@ def train(texts, enc, seed, steps, T=64):
     optimizer = adamw(model, 4e-3, 0.01)
     end = end_of(enc)
     documents = [torch.tensor(enc.encode_ordinary(text) + [end]) for text in texts]
-    sources = {"all": Source(documents, val=[], weight=1.0)}
+    pieces = [piece for document in documents for piece in cut(document, T)]
+    sources = {"all": Source(pieces, val=[], weight=1.0)}
     for step in range(steps):
         ids, segments = draw_rows(sources, {"all": 0}, 512, T, rng)           # (B, T) each
         loss = gpt.lm_loss(model, ids, segments)
@@ -221,7 +222,7 @@ def measure_loss(seed, threshold, steps=400, runs=3):
         seen = set(good)
         held_out = []
         for make, share in corpus.SOURCES.values():
-            new = {make(rng) for _ in range(round(600 * share))}
+            new = dict.fromkeys(make(rng) for _ in range(round(600 * share)))
             held_out += [text for text in new if text not in seen]
         held_out = [torch.tensor(enc.encode_ordinary(text)[:63] + [end]) for text in held_out]
         ids, segments = pack(held_out, 64)                                    # (B, T) each

@@ -37,7 +37,7 @@ def first_words(instruction):
 def lines_read(folder):
     """Return all lines of the folder's *.txt files, without list numbers and "Task:"."""
     lines = set()
-    for file in Path(folder).rglob("*.txt"):
+    for file in sorted(Path(folder).rglob("*.txt")):
         for line in read_text(file).split("\n"):
             lines.add(re.sub(r"^(\d+\.|Task:) ", "", line))
     return lines

@@ -91,11 +91,11 @@ def mean_length(enc, responses):
     return sum(len(enc.encode_ordinary(r)) for r in responses) / len(responses)
 
 
-def likelihood(model, enc, prompts, responses):
-    """Return the log-prob of each response under the model, in rows like `responses`."""
+def likelihood(model, enc, prompts, responses, room=None):
+    """Return the log-prob of each response, cut to `room` tokens, in rows like `responses`."""
     examples = []
     for p, row in zip(prompts, responses):
-        examples += [self_reward.tokenize(enc, p["prompt"], response) for response in row]
+        examples += [self_reward.tokenize(enc, p["prompt"], response, room) for response in row]
     values = iter(dpo.all_logprobs(model, examples).tolist())
     return [[next(values) for _ in row] for row in responses]
 
@@ -178,7 +178,8 @@ def measure(policy, judge_model, enc, test, cfg):
     judged = [(s, g) for values, gold_row in zip(scores, golds) for s, g in zip(values, gold_row)
               if s is not None]
     row["spearman"] = spearman(*zip(*judged)) if judged else None
-    row["likelihood_accuracy"] = accuracy(likelihood(policy, enc, test.prompts, responses), golds)
+    logprobs = likelihood(policy, enc, test.prompts, responses, cfg.max_new_tokens + 1)
+    row["likelihood_accuracy"] = accuracy(logprobs, golds)
     if test.held_out:
         others = [r["responses"] for r in test.held_out]
         other_scores, _ = self_reward.judge(judge_model, enc, test.held_out, others, cfg, cfg.seed)

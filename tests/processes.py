@@ -2,6 +2,7 @@
 
     python tests/processes.py FOLDER kills            kill and resume every script
     python tests/processes.py FOLDER kills sft ppo    these only
+    python tests/processes.py FOLDER inputs           resume every script with a changed input
     python tests/processes.py FOLDER ranks            train with one process and with two
 
 Each run is a fork, made after torch is loaded and before it has threads, so that dozens of runs
@@ -34,10 +35,11 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import self_reward  # noqa: E402
 import sft  # noqa: E402
+from data import tokenizer, village  # noqa: E402
 from scaffold.cli import UserError  # noqa: E402
 from scaffold.distributed import init_distributed  # noqa: E402
-from scaffold.run import load_checkpoint  # noqa: E402
-from tiny import ENC, chat, save_reward, write_jsonl  # noqa: E402
+from scaffold.run import Run, load_checkpoint  # noqa: E402
+from tiny import ENC, chat, save_reward, write_jsonl, write_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = ("gpt", "sft", "reward", "dpo", "ppo")  # the scripts that several processes can share
@@ -91,7 +93,8 @@ def write_files(folder):
         if name == "reward":
             save_reward(folder / "reward.pt", reward.RewardModel(model))
         else:
-            gpt.save_model(folder / f"{name}.pt", model, ENC, "")
+            text = dict(data=str(folder / "text.txt"), val_fraction=0.05, mixture="")
+            gpt.save_model(folder / f"{name}.pt", model, ENC, "", **text)
 
 
 def scripts(files):
@@ -283,6 +286,192 @@ def kills(root, chosen):
     return report
 
 
+class Reader(NamedTuple):
+    """A script with settings under which it reads certain files."""
+
+    script: str
+    settings: dict
+    reads: list  # files of FILES, or of the folder of the run
+
+
+def readers(files):
+    """Return {case: Reader}: together they read every kind of file that decides a run."""
+    texts = ["texts/a.txt", "texts/b.txt", "texts/mixture.json"]
+    hub = ["hub/config.json", "hub/pytorch_model.bin"]
+    rounds = "self_reward-pairs-random"
+    village = ["sft_train.jsonl", "ranked_train.jsonl", "prompts_test.jsonl"]
+    village = [f"data/{name}" for name in village]
+    own_tokenizer = dict(data=f"{files}/texts", tokenizer=f"{files}/tokenizer.json")
+    return {
+        "gpt with its own tokenizer": Reader("gpt", own_tokenizer, [*texts, "tokenizer.json"]),
+        "gpt with the embedded tokenizer": Reader("gpt", {}, ["text.txt", "embedded.json"]),
+        "gpt --init": Reader("gpt", dict(init=f"{files}/gpt.pt"), ["text.txt", "gpt.pt"]),
+        "gpt --init-from": Reader("gpt", dict(init_from=f"{files}/hub"), ["text.txt", *hub]),
+        "sft": Reader("sft", {}, ["gpt.pt", "chats.jsonl"]),
+        "sft --select reward": Reader(
+            "sft", dict(select="reward"), ["gpt.pt", "chats.jsonl", "reward.pt"]
+        ),
+        "reward": Reader("reward", {}, ["sft.pt", "ranked.jsonl"]),
+        "dpo": Reader("dpo", {}, ["sft.pt", "ranked.jsonl"]),
+        "ppo --text": Reader("ppo", {}, ["sft.pt", "reward.pt", "prompts.jsonl", "text.txt"]),
+        "ppo": Reader(
+            "ppo", dict(text=""), ["sft.pt", "reward.pt", "prompts.jsonl", "gpt.pt", "text.txt"]
+        ),
+        "self_reward": Reader(
+            rounds, {}, ["gpt.pt", "chats.jsonl", "judged.jsonl", "prompts.jsonl"]
+        ),
+        "self_reward --test": Reader(
+            rounds,
+            dict(test=f"{files}/test.jsonl"),
+            ["gpt.pt", "chats.jsonl", "judged.jsonl", "prompts.jsonl", "test.jsonl"],
+        ),
+        "self_reward on the village": Reader(
+            rounds, dict(data="", eft="", prompts=""), ["gpt.pt", "long/gpt.pt", *village]
+        ),
+    }
+
+
+def write_more_files(files):
+    """Write what only the readers read: a mixture, tokenizers, GPT-2 weights, test prompts."""
+    (files / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (files / "texts" / name).write_bytes((files / "text.txt").read_bytes())
+    (files / "texts" / "mixture.json").write_text('{"a": 1, "b": 2}')
+    write_tokenizer(files / "tokenizer.json")
+    write_tokenizer(files / "embedded.json")
+    write_jsonl(files / "test.jsonl", *({"prompt": f"the mill {i}?"} for i in range(8)))
+    model, _, _ = gpt.load_model(files / "gpt.pt")
+    model.save_pretrained(files / "hub")
+
+
+def write_village(files, out):
+    """Write a village of few records, and the model that writes prompts, into a run's folder."""
+    rng = random.Random(0)
+
+    def ranked():
+        task, prompt = village.new_task(rng)
+        responses = [village.demonstration(task, rng) + f" {i}" for i in range(3)]
+        return {"prompt": prompt, "task": task, "responses": responses, "ranks": [1, 2, 3]}
+
+    def prompt():
+        task, prompt = village.new_task(rng)
+        return {"prompt": prompt, "task": task}
+
+    (out / "data").mkdir()
+    (out / "long").mkdir()
+    write_jsonl(out / "data" / "sft_train.jsonl", *({"messages": chat(f"the mill {i}?", "yes")}
+                                                    for i in range(20)))
+    for name in ("ranked_train.jsonl", "ranked_val.jsonl"):
+        write_jsonl(out / "data" / name, *(ranked() for _ in range(60)))
+    write_jsonl(out / "data" / "prompts_test.jsonl", *(prompt() for _ in range(60)))
+    (out / "data" / "village.json").write_text('{"seed": 0}')
+    (out / "long" / "gpt.pt").write_bytes((files / "gpt.pt").read_bytes())
+
+
+def other_version(path):
+    """Return the bytes of another file of the same kind and size."""
+    raw = path.read_bytes()
+    if path.suffix in (".pt", ".bin"):
+        state = torch.load(path, weights_only=True)
+        weights = state.get("model", state)
+        name = next(k for k in weights if k.endswith("wpe.weight"))
+        weights[name] = -weights[name]
+        copy = path.with_name("copy")
+        torch.save(state, copy)
+        other = copy.read_bytes()
+        copy.unlink()
+    elif path.name in ("tokenizer.json", "embedded.json"):
+        content = json.loads(raw)
+        content["ranks"][300:302] = reversed(content["ranks"][300:302])
+        other = json.dumps(content).encode()
+    else:
+        words = {"mixture.json": (b"1", b"3"), "config.json": (b"LMHead", b"LMhead")}
+        other = raw.replace(*words.get(path.name, (b"mill", b"mall")))
+    assert len(other) == len(raw)
+    assert other != raw
+    return other
+
+
+def stop_at_save(cfg, script, report):
+    """Run a script up to the first save after a step; write which files it opened to `report`."""
+    opened = set()
+    save = Run.save
+
+    def record(event, args):
+        if event == "open" and isinstance(args[0], (str, os.PathLike)):
+            opened.add(os.path.realpath(args[0]))
+
+    def save_and_stop(run, n):
+        save(run, n)
+        if run.step:
+            report.write_text(json.dumps(sorted(opened)))
+            os._exit(0)
+
+    def written(model, enc, shown, known, n, seed):
+        return [f"write a story about the mill {seed} {i}" for i in range(n)]
+
+    Run.save = save_and_stop
+    self_reward.write_prompts = written  # an untrained model writes none
+    sys.addaudithook(record)
+    script.module.main(cfg)
+
+
+def change_inputs(reader, files, folder):
+    """Stop a script after a step; resume it with each file changed, then unchanged -> an entry."""
+    out = run_folder(files, folder / "out")
+    write_village(files, out)
+    embedded = tokenizer.EMBEDDED
+    script = scripts(files)[reader.script]
+    settings = script.settings | reader.settings
+    (out / script.made).unlink(missing_ok=True)
+    before = {p for root in (files, out) for p in root.rglob("*") if p.is_file()}
+    log = folder / "output.txt"
+    report = folder / "opened.json"
+
+    def run(resume):
+        cfg = script.module.Config(
+            **settings | dict(save_every=1), out=str(out), device="cpu", resume=resume
+        )
+        code = wait(fork(lambda: stop_at_save(cfg, script, report), log=log), 200)
+        return [code, *lines_of(log)[-1:]]
+
+    if "embedded.json" in reader.reads:
+        tokenizer.EMBEDDED = gpt.EMBEDDED = files / "embedded.json"
+
+    entry = dict(first=run(False), resumed={})
+    opened = set(json.loads(report.read_text()))
+    # Not an input: it says which seed made the village, for a notice.
+    read = [p for p in before if str(p.resolve()) in opened and p.name != "village.json"]
+    names = {p: p.relative_to(out if out in p.parents else files).as_posix() for p in read}
+    entry["read"] = sorted(set(names.values()))
+    for path in read:
+        raw, times = path.read_bytes(), path.stat()
+        other = other_version(path)
+        path.write_bytes(other)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        entry["resumed"][names[path]] = run(True)
+        path.write_bytes(raw)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    entry["unchanged"] = run(True)
+    tokenizer.EMBEDDED = gpt.EMBEDDED = embedded
+    return entry
+
+
+def inputs(root, chosen):
+    """Change each file that a script reads -> report."""
+    files = root / "files"
+    write_files(files)
+    write_more_files(files)
+    report = {}
+    for number, (name, reader) in enumerate(readers(files).items()):
+        if not chosen or name in chosen:
+            folder = root / str(number)
+            folder.mkdir()
+            entry = change_inputs(reader, files, folder)
+            report[name] = entry | dict(expected=sorted(reader.reads))
+    return report
+
+
 def fork_ranks(work, n, log):
     """Call work() in n processes that know of each other, as torchrun starts them -> their pids."""
     with socket.socket() as s:
@@ -374,10 +563,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument("what", choices=("kills", "ranks"))
+    parser.add_argument("what", choices=("kills", "inputs", "ranks"))
     parser.add_argument("names", nargs="*", help="of scripts; default: all")
     args = parser.parse_args()
-    report = {"kills": kills, "ranks": ranks}[args.what](args.folder, args.names)
+    job = {"kills": kills, "inputs": inputs, "ranks": ranks}[args.what]
+    report = job(args.folder, args.names)
     text = json.dumps(report, indent=1)
     (args.folder / "report.json").write_text(text)
     print(text)

@@ -49,6 +49,34 @@ def train(path, *texts, vocab_size=400):
     return load(path), counts, merges
 
 
+SEPARATED = {
+    "Unix": "\n<|end|>\n",
+    "Windows": "\r\n<|end|>\r\n",
+}
+
+
+@pytest.mark.parametrize("separator", SEPARATED.values(), ids=SEPARATED)
+@pytest.mark.parametrize("last", ["", "\n<|end|>", "\n<|end|>\n"])
+def test_the_text_is_that_of_pretraining(tmp_path, separator, last):
+    """No token stands for the lines between documents, which gpt.py never reads as text."""
+    documents = [f"the miller has {i} dogs, 苹果" for i in range(40)]
+    documents[5] += " and wrote <|end|> on it"
+    path = tmp_path / "a.txt"
+    path.write_bytes(("\ufeff" + separator.join(documents) + last).encode())
+    counts = bpe.count_words(bpe.read_texts([path]))
+    newline = separator.split("<")[0]
+    read = [d + newline for d in documents[:-1]] + [documents[-1] + last[:1]]
+    assert counts == bpe.count_words(read)
+    assert b" <|" in counts  # inside a line it is text
+    merges = bpe.train_bpe(counts, 300)
+    assert not any(b"<" in token or b"|" in token for token in bpe.vocabulary(merges)[256:])
+
+
+def test_a_text_of_separators_alone_is_empty(tmp_path):
+    (tmp_path / "a.txt").write_text("<|end|>\n" * 9)
+    assert list(bpe.read_texts([tmp_path / "a.txt"])) == []
+
+
 def run_here(monkeypatch, folder, *args):
     """Run the script in this process, in a folder. Returns its exit code."""
     monkeypatch.chdir(folder)

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import re
 
 import pytest
 
@@ -19,6 +20,7 @@ from data.formats import (
     read_comparison,
     read_records,
     split_by_user,
+    split_names,
     write_records,
 )
 from scaffold.cli import UserError
@@ -209,6 +211,15 @@ def test_prompt_of_is_the_chat_up_to_its_last_response():
     assert prompt_of([*messages, user("e")]) == messages[:3]
 
 
+HI = [user("Hi")]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    user("Hi"),
+    assistant("Hello."),
+    user("Who are you?"),
+]
+
+
 # Train and validation
 
 
@@ -273,16 +284,104 @@ def test_load_val_reads_the_file_or_splits_by_user():
     assert load_val(records, "", None, 3) == split_by_user(records, seed=3)
 
 
+def questions(n=40):
+    """Return n prompts, three times each."""
+    return [f"What is {i}?" for i in range(n)] * 3
+
+
+REPEATED = {  # kind -> (reader, records in which each of 40 prompts stands three times)
+    "pairs": (
+        load_comparisons,
+        [{"prompt": q, "chosen": f"a{i}", "rejected": "b"} for i, q in enumerate(questions())],
+    ),
+    "ranked chats": (
+        load_comparisons,
+        [
+            {"prompt": [*CHAT[:3], user(q)], "responses": ["a", f"b{i}"], "ranks": [1, 2]}
+            for i, q in enumerate(questions())
+        ],
+    ),
+    "pairs of one user": (
+        load_comparisons,
+        [
+            {"prompt": q, "chosen": f"a{i}", "rejected": "b", "user": "me"}
+            for i, q in enumerate(questions())
+        ],
+    ),
+    "chats": (
+        load_chats,
+        [{"messages": chat("Hi", "Hello.", q, f"a{i}")} for i, q in enumerate(questions())],
+    ),
+    "Alpaca": (
+        load_chats,
+        [{"instruction": q, "input": "", "output": f"a{i}"} for i, q in enumerate(questions())],
+    ),
+    "Alpaca with inputs": (
+        load_chats,
+        [
+            {"instruction": "Answer.", "input": q, "output": f"a{i}"}
+            for i, q in enumerate(questions())
+        ],
+    ),
+    "prompts": (load_prompts, [{"prompt": q} for q in questions()]),
+    "prompts of Alpaca": (load_prompts, [{"instruction": q, "output": "a"} for q in questions()]),
+    "prompts of pairs": (
+        load_prompts,
+        [{"prompt": q, "chosen": "a", "rejected": "b"} for q in questions()],
+    ),
+}
+
+
+@pytest.mark.parametrize("load, records", REPEATED.values(), ids=REPEATED)
+def test_without_users_no_prompt_is_on_both_sides_of_the_split(tmp_path, capsys, load, records):
+    loaded = load(write_jsonl(tmp_path / "f.jsonl", *records))
+    train, val = load_val(loaded, "", load, seed=1)
+
+    def asked(part):
+        return {re.search(r"What is \d+\?", json.dumps(r))[0] for r in part}
+
+    assert len(asked(val)) == 2  # 5% of 40
+    assert not asked(train) & asked(val)
+    assert len(val) == 6
+    assert len(train) == 114
+    assert split_names(train, val) == ("training prompts", "held-out prompts")
+    assert "6 of 120 records are for validation: held-out prompts" in capsys.readouterr().out
+
+
+def test_a_single_prompt_is_on_both_sides_and_is_not_called_held_out(capsys):
+    records = [{"prompt": HI, "chosen": f"a{i}", "rejected": "b"} for i in range(9)]
+    assert load_val(records, "", None, 0) == (records, records)
+    assert "9 of 9 records are for validation: validation" in capsys.readouterr().out
+
+
+def test_chats_without_a_prompt_are_split_one_by_one():
+    records = [{"messages": [assistant(f"a{i}")]} for i in range(40)]
+    train, val = split_by_user(records, 0.1, 0)
+    assert len(val) == 4
+    assert len(train) == 36
+
+
+def record_of(user, text):
+    return {"prompt": chat(text), "user": user}
+
+
+SPLITS = {  # records for training, for validation -> how they are called
+    "users": ([record_of("a", "x"), record_of(1, "y")], [record_of("b", "x")], "users"),
+    "a user in both": ([record_of("a", "x"), record_of(1, "y")], [record_of("1", "z")], "prompts"),
+    "no users": ([record_of(None, "x")], [record_of(None, "y")], "prompts"),
+    "one has none": ([record_of("a", "x")], [record_of("b", "y"), record_of(None, "z")], "prompts"),
+    "users and prompts in both": ([record_of("a", "x")], [record_of("a", "x")], ""),
+    "prompts in both": ([record_of(None, "x")], [record_of(None, "x")], ""),
+}
+
+
+@pytest.mark.parametrize("train, val, unit", SPLITS.values(), ids=SPLITS)
+def test_the_names_of_a_split_say_what_is_held_out(train, val, unit):
+    names = (f"training {unit}", f"held-out {unit}") if unit else ("training", "validation")
+    assert split_names(train, val) == names
+
+
 # Comparisons
-
-
-HI = [user("Hi")]
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    user("Hi"),
-    assistant("Hello."),
-    user("Who are you?"),
-]
 
 
 def transcript(*contents):

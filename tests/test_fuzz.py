@@ -50,7 +50,7 @@ from data.tokenizer import token_bytes
 from data.verdicts import load_judged
 from scaffold.cli import UserError
 from scaffold.run import load_checkpoint
-from tiny import ENC, SPECIAL
+from tiny import ENC, SPECIAL, join_pieces
 
 BLOCK = 96       # tokens of a context
 NEW_TOKENS = 16  # room for a response
@@ -346,9 +346,9 @@ def count_words(path):
     return bpe.count_words(bpe.read_texts([path]))
 
 
-def text_of(documents):
-    ids = torch.cat(documents)
-    return ENC.decode(ids[ids != SPECIAL["<|end|>"]].tolist())
+def text_of(source):
+    ids = join_pieces(source.train) + torch.cat(source.val).tolist()
+    return ENC.decode([i for i in ids if i != SPECIAL["<|end|>"]])
 
 
 def test_any_text_loads_or_is_refused(tmp_path):
@@ -368,7 +368,7 @@ def test_any_text_loads_or_is_refused(tmp_path):
             pieces = re.split(r"^<\|end\|>\r?(?:\n|\Z)", raw.decode("utf-8-sig"), flags=re.M)
             kept = [p for p in pieces if p.strip()]
             [source] = corpus.result.values()
-            assert text_of(source.train + source.val) == "".join(kept)
+            assert text_of(source) == "".join(kept)
             assert documents.result[path] == [p.strip("\r\n") for p in kept]
             with time_limit():
                 clean.clean(documents.result[path])

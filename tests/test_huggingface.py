@@ -111,6 +111,70 @@ def test_tensors_that_a_model_has_no_place_for_are_skipped(tmp_path):
     assert torch.equal(shallow(ids), model(ids))
 
 
+VARIANTS = [  # settings of config.json with which the same weights give other logits
+    ("activation_function", "relu"),
+    ("activation_function", "gelu"),
+    ("activation_function", ["gelu_new"]),
+    ("layer_norm_epsilon", 1e-2),
+    ("layer_norm_epsilon", 1e-6),
+    ("layer_norm_epsilon", None),
+    ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True),
+    ("model_type", "imagegpt"),
+]
+
+
+def set_in_config(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("key, value", VARIANTS)
+def test_a_variant_that_we_do_not_compute_is_refused_by_name(tmp_path, key, value):
+    random_gpt(dtype=torch.float32).save_pretrained(tmp_path)
+    set_in_config(tmp_path, **{key: value})
+    with pytest.raises(UserError) as e:
+        gpt.GPT.from_pretrained(tmp_path)
+    assert f"config.json: {key} is {value!r}, but" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+SAME = [
+    {"activation_function": "gelu_pytorch_tanh"},
+    {"layer_norm_epsilon": 0.00001},
+    {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    {"reorder_and_upcast_attn": True, "summary_type": "cls_index", "resid_pdrop": 0.1},
+]
+
+
+@pytest.mark.parametrize("settings", SAME)
+def test_settings_that_change_no_logit_are_read(tmp_path, settings):
+    model = random_gpt(dtype=torch.float32)
+    ids = torch.tensor(random_ids([20]))
+    model.save_pretrained(tmp_path)
+    set_in_config(tmp_path, **settings)
+    assert torch.equal(gpt.GPT.from_pretrained(tmp_path).eval()(ids), model(ids))
+
+
+def test_a_setting_that_is_missing_has_the_value_of_gpt_2(tmp_path):
+    random_gpt(dtype=torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    path.write_text(json.dumps({key: raw[key] for key in sizes}))
+    gpt.GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda w: w + 0.1, lambda w: w[:-1], lambda w: w[:, :-1]])
+def test_an_output_layer_of_its_own_is_refused_by_name(tmp_path, change):
+    random_gpt(dtype=torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    w = torch.load(path)
+    torch.save(w | {"lm_head.weight": change(w["lm_head.weight"])}, path)
+    with pytest.raises(UserError, match="lm_head.weight differs from wte.weight"):
+        gpt.GPT.from_pretrained(tmp_path)
+
+
 DAMAGES = [
     "no folder",
     "no config",

@@ -1,10 +1,14 @@
 """Tests of data/junk.py: the planted items are what their names say."""
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 
 from data import clean, corpus, junk
+from tiny import ROOT
 
 
 def test_planted_numbers_have_right_check_digits():
@@ -50,3 +54,29 @@ def test_polluted_text_holds_the_good_text_and_every_secret():
         assert sum(person in text for text in dirty) == secret.n_documents
         assert sum(sentence in text for text in dirty) == secret.n_documents
         assert len(secret.others) == 49
+
+
+MAKE_DATA = """
+import random
+import sys
+from data import corpus, junk, tasks
+from lab import cleaning
+print(junk.pollute(random.Random(3), 60))
+print(cleaning.measure_copies(random.Random(3), 0.5, n=200, each=20))
+corpus.SIZES = dict.fromkeys(corpus.SIZES, 40)
+folder = corpus.write(sys.argv[1], seed=3, megabytes=0.03)
+tasks.write_pages(folder, seed=3, megabytes=0.03)
+print([path.read_text() for path in sorted(folder.rglob("*.*"))])
+"""
+
+
+def test_a_seed_makes_the_same_data_whatever_pythons_hash_seed(tmp_path):
+    """The order of a set of strings differs from process to process."""
+    outputs = set()
+    for hash_seed in "012":
+        done = subprocess.run([sys.executable, "-c", MAKE_DATA, tmp_path / hash_seed], cwd=ROOT,
+                              env={**os.environ, "PYTHONHASHSEED": hash_seed},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.add(done.stdout)
+    assert len(outputs) == 1

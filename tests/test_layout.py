@@ -201,3 +201,29 @@ def test_one_import_a_line(name):
     tree = tree_of(ROOT / name)
     several = [n for n in ast.walk(tree) if isinstance(n, ast.Import) and len(n.names) > 1]
     assert [node.lineno for node in several] == []
+
+
+def called(node):
+    """Return the name that a call ends with: glob for path.glob(...), "" for other nodes."""
+    if not isinstance(node, ast.Call):
+        return ""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_depends_on_the_order_of_a_folder(name):
+    """The file system decides it: a copied folder would give other data, or another checksum."""
+    nodes = list(ast.walk(tree_of(MODULES[name])))
+    in_order = {x for node in nodes if called(node) == "sorted" for x in ast.walk(node)}
+    listings = [n for n in nodes if called(n) in ("glob", "rglob", "iterdir", "listdir", "scandir")]
+    assert [node.lineno for node in listings if node not in in_order] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_list_is_made_from_a_set(name):
+    """Its order would differ from process to process; take list(dict.fromkeys(...)) or sorted."""
+    for node in ast.walk(tree_of(MODULES[name])):
+        if called(node) in ("list", "tuple") and node.args:
+            [made_from] = node.args
+            is_set = isinstance(made_from, ast.Set | ast.SetComp) or called(made_from) == "set"
+            assert not is_set, f"line {node.lineno}"

@@ -35,6 +35,41 @@ def ranks(tmp_path_factory):
     return run_processes(tmp_path_factory.mktemp("ranks"), "ranks")
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("inputs"), "inputs")
+
+
+READERS = [
+    "gpt with its own tokenizer",
+    "gpt with the embedded tokenizer",
+    "gpt --init",
+    "gpt --init-from",
+    "sft",
+    "sft --select reward",
+    "reward",
+    "dpo",
+    "ppo",
+    "ppo --text",
+    "self_reward",
+    "self_reward --test",
+    "self_reward on the village",
+]
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_a_run_is_not_resumed_with_any_changed_file_that_it_reads(inputs, case):
+    """The files are those that the process opens; each is replaced by one of the same size."""
+    entry = inputs[case]
+    assert entry["first"][0] == 0
+    assert entry["read"] == entry["expected"]
+    assert set(entry["resumed"]) == set(entry["read"])
+    for code, line in entry["resumed"].values():
+        assert code == 2
+        assert "a file that this run reads has changed since it started" in line
+    assert entry["unchanged"][0] == 0
+
+
 SCRIPTS = ["gpt", "sft", "reward", "dpo", "ppo"]
 
 

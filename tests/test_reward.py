@@ -604,6 +604,14 @@ def test_training_orders_the_responses_of_users_it_never_saw(train, loss):
     assert model.mean != 0
 
 
+def test_without_users_the_report_is_on_held_out_prompts(train, tmp_path):
+    records = [{"prompt": f"Tell me {i}.", "chosen": f"a{k}", "rejected": f"b{k}"}
+               for i in range(40) for k in range(3)]
+    rows, _ = train(data=str(write_jsonl(tmp_path / "pairs.jsonl", *records)), epochs=1)
+    report = {row["split"]: row["prompts"] for row in rows if "split" in row}
+    assert report == {"training prompts": 114, "held-out prompts": 6}
+
+
 def test_same_seed_same_log_and_same_weights(train):
     (_, a), (_, b), (_, c) = (train(seed=s, epochs=1) for s in (7, 7, 8))
     log_a, log_b, log_c = ((out / "reward.jsonl").read_bytes() for out in (a, b, c))

@@ -271,6 +271,18 @@ REPLAY = [
 ]
 
 
+def test_a_response_of_broken_characters_is_cut_to_its_room():
+    """Each byte that is no character is decoded to one of three bytes or more."""
+    broken = sft.decode_response([ENC.encode_single_token(b"\xe8")] * 20, ENC)
+    whole = self_reward.tokenize(ENC, HI, broken)
+    assert whole.mask.sum() > 40
+    example = self_reward.tokenize(ENC, HI, broken, 21)
+    assert example.mask.sum() == 21
+    assert torch.equal(example.ids, whole.ids[: len(example.ids)])
+    short = self_reward.tokenize(ENC, HI, "Hello.", 21)
+    assert torch.equal(short.ids, self_reward.tokenize(ENC, HI, "Hello.").ids)
+
+
 def run_round(model, cfg, examples=None, replay=REPLAY):
     """Train one round and return the rows of its log."""
     rows = []

@@ -10,8 +10,10 @@ from data.text import (
     Source,
     batches,
     by_length,
+    cut,
     draw_rows,
     pack,
+    predicted,
     read_corpus,
     sorted_batches,
     split_documents,
@@ -24,6 +26,7 @@ from tiny import (
     ENC,
     SPECIAL,
     assert_close,
+    join_pieces,
     random_documents,
     random_ids,
     write_documents,
@@ -54,22 +57,20 @@ def test_every_token_is_used_once_and_the_tail_is_for_validation(tmp_path, fract
     source = read_corpus(path, ENC, 16, fraction)["a"]
     total = len(ids_of(documents))
     n_val = sum(map(len, source.val))
-    assert torch.cat(source.train + source.val).tolist() == ids_of(documents)
+    train = join_pieces(source.train)
+    assert train + torch.cat(source.val).tolist() == ids_of(documents)
     assert n_val == pytest.approx(fraction * total, abs=2)
-    assert source.weight == total - n_val
-    # At most one document is cut, where the two parts meet; all others are whole.
-    parts = [d.tolist() for d in source.train + source.val]
-    if len(parts) > len(documents):
-        border = len(source.train)
-        parts[border - 1 : border + 1] = [parts[border - 1] + parts[border]]
-    assert parts == [ids_of([d]) for d in documents]
+    assert source.weight == total - n_val == len(train)
+    # Validation documents are whole, except the one at the border.
+    assert all(d[-1] == END for d in source.val)
+    assert max(map(len, source.train)) <= 16
 
 
 def test_a_text_cannot_spell_a_special_token(tmp_path):
     string = "He wrote <|end|> and <|assistant|> on the wall <|end|>\n" * 20
     path = write_documents(tmp_path / "a.txt", [string])
     source = read_corpus(path, ENC, 16, 0.2)["a"]
-    ids = torch.cat(source.train + source.val).tolist()
+    ids = join_pieces(source.train) + torch.cat(source.val).tolist()
     assert [i for i in ids if i in SPECIAL.values()] == [END]
     assert ENC.decode(ids) == string + "<|end|>"
 
@@ -88,7 +89,7 @@ def test_no_separator_stays_in_the_text(tmp_path, separator, last):
     path = tmp_path / "a.txt"
     path.write_bytes((separator.join(documents) + last).encode())
     source = read_corpus(path, ENC, 16, 0.2)["a"]
-    assert torch.cat(source.train + source.val).tolist() == ids_of(documents)
+    assert join_pieces(source.train) + torch.cat(source.val).tolist() == ids_of(documents)
 
 
 def test_sources_and_their_weights(tmp_path):
@@ -114,7 +115,7 @@ def test_two_files_of_one_name_in_two_folders_are_both_read(tmp_path):
     for folder, document in zip("xy", documents):
         write_documents(tmp_path / folder / "book.txt", [document])
     sources = read_corpus(tmp_path, ENC, 16, 0.2)
-    n = sum(len(d) for s in sources.values() for d in s.train + s.val)
+    n = sum(len(join_pieces(s.train)) + sum(map(len, s.val)) for s in sources.values())
     assert n == len(ids_of(documents))
 
 
@@ -233,6 +234,71 @@ def test_a_window_is_the_beginning_of_a_document_or_any_part_of_a_long_one():
     assert ends >= {6, 139}
 
 
+@pytest.mark.parametrize("T", [1, 2, 3, 7])
+def test_cut_lets_every_token_but_the_first_be_predicted_once(T):
+    for n in range(1, 40):
+        pieces = cut(torch.arange(n), T)
+        assert all(1 <= len(p) <= T for p in pieces)
+        assert pieces[0][0] == 0
+        if T > 1:  # with a context of one token nothing is predicted
+            assert torch.cat([p[1:] for p in pieces]).tolist() == list(range(1, n))
+        if n <= T:
+            assert len(pieces) == 1
+
+
+def times_predicted(sources, n_tokens, T, n_rows):
+    """Return how often each of n_tokens different ids is predicted in n_rows drawn rows."""
+    drawn = dict.fromkeys(sources, 0)
+    ids, segments = draw_rows(sources, drawn, n_rows * T, T, random.Random(0))
+    return ids[:, 1:][predicted(segments)].bincount(minlength=n_tokens)
+
+
+def test_documents_of_all_lengths_are_read_evenly_and_so_are_their_ends(tmp_path, monkeypatch):
+    """Each token is an id of its own, so that it can be counted."""
+    T = 32
+    lengths = [5, 20, 31, 32, 33, 34, 50, 62, 63, 64, 65, 100, 400, 1500] * 4
+    total = sum(lengths)
+
+    class Numbers:
+        def encode_ordinary(self, text):
+            return list(map(int, text.split()))
+
+    numbers = iter(range(total))
+    documents = [" ".join(str(next(numbers)) for _ in range(n)) + "\n" for n in lengths]
+    path = write_documents(tmp_path / "a.txt", documents)
+    monkeypatch.setattr("data.text.end_of", lambda enc: total)
+    source = read_corpus(path, Numbers(), T, 0.01)["a"]
+    pieces = [p[p < total] for p in source.train]  # without the end tokens, which are all alike
+    counts = times_predicted({"a": source._replace(train=pieces)}, total, T, 40 * total // T)
+    ends = torch.tensor(lengths).cumsum(0)[:-4] - 1  # of documents in the training part
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-5]
+    assert (counts[starts] == 0).all()
+    inside = torch.ones(total, dtype=torch.bool)
+    inside[starts] = False
+    inside[-total // 50 :] = False  # the validation part and the document at the border
+    rate = counts[inside].double()
+    # A piece may be cut at the end of its row: the last tokens of a piece come less often.
+    assert rate.min() > 0.4 * rate.mean()
+    assert rate.max() < 2 * rate.mean()
+    assert counts[ends].double().mean() > 0.7 * rate.mean()
+
+
+def test_the_draws_from_short_documents_are_as_they_always_were():
+    """Runs on the village can be repeated: none of its documents is longer than the context."""
+    documents = [torch.tensor(ids) for ids in random_ids([3, 32, 17, 8, 31, 25, 1], seed=1)]
+    assert [p.tolist() for d in documents for p in cut(d, 32)] == [d.tolist() for d in documents]
+    ids, _ = draw_rows({"a": Source(documents, [], 1.0)}, {"a": 0}, 96, 32, random.Random(5))
+    rng = random.Random(5)
+    want = []
+    for _ in range(3):
+        row = []
+        while len(row) < 32:
+            row += documents[rng.randrange(7)].tolist()
+            rng.randrange(1)
+        want.append(row[:32])
+    assert ids.tolist() == want
+
+
 def test_the_cut_at_the_end_of_a_row_favours_no_continuation():
     """Half of the documents end after four tokens, the others go on: so it is in the rows."""
     short = torch.tensor([1, 1, 1, 1, 9])
@@ -303,8 +369,14 @@ def test_pack_loses_nothing_and_keeps_the_order():
 def test_windows_are_the_first_tokens_in_pieces():
     documents = [torch.arange(10), torch.arange(10, 15), torch.arange(15, 40)]
     pieces = windows(documents, T=4, limit=17)
-    assert [len(p) for p in pieces] == [4, 4, 2, 4, 1, 2]
-    assert torch.cat(pieces).tolist() == list(range(17))
+    assert [p.tolist() for p in pieces] == [
+        [0, 1, 2, 3],
+        [3, 4, 5, 6],
+        [6, 7, 8, 9],
+        [10, 11, 12, 13],
+        [13, 14],
+        [15, 16],
+    ]
 
 
 def test_an_epoch_has_every_example_once_and_no_batch_that_is_too_large():

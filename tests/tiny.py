@@ -141,6 +141,16 @@ def write_documents(path, documents):
     return path
 
 
+def join_pieces(pieces):
+    """Undo data.text.cut for documents that end with <|end|>, in order -> a list of ids."""
+    ids = []
+    for piece in map(torch.Tensor.tolist, pieces):
+        if ids and ids[-1] != END:  # the document goes on, with a token that it shares
+            assert piece[0] == ids.pop()
+        ids += piece
+    return ids
+
+
 def write_tokenizer(path, **changes):
     """Write data/tokenizer.json with some entries changed and return the new path, a string."""
     raw = json.loads((ROOT / "data" / "tokenizer.json").read_text())

@@ -592,11 +592,35 @@ MUTANTS = [
     Mutant(
         name="user-split-leaks",
         file="data/formats.py",
-        old='in_val = [r.get("user") is not None and str(r["user"]) in held_out for r in records]',
+        old="in_val = [group in held_out for group in groups]",
         new="in_val = [i % max(2, round(1 / fraction)) == 0 for i in range(len(records))]",
         bug="users are on both sides of the split",
         published="arghosh/AKT #9",
         tests="formats"),
+    Mutant(
+        name="prompt-split-leaks",
+        file="data/formats.py",
+        old='prompt_key(r) or f"record {i}"',
+        new='f"record {i}"',
+        bug="pairs of the same prompt are on both sides of the split",
+        published="ai-evals-course/recipe-chatbot #36; OpenRLHF #1089 (eval rows are trained on)",
+        tests="formats"),
+    Mutant(
+        name="ends-never-read",
+        file="data/text.py",
+        old="for document in train for piece in cut(document, block_size)]",
+        new="for document in train for piece in [document[:block_size]]]",
+        bug="the text of a document after the first context is never read",
+        published="AnswerDotAI/ModernBERT #248",
+        tests="text"),
+    Mutant(
+        name="set-order",
+        file="data/junk.py",
+        old="good = list(dict.fromkeys(",
+        new="good = list(set(",
+        bug="the order of a set decides the data: the same seed gives other data",
+        published="Emmi-AI/noether PR #180",
+        tests="junk"),
     # The model.
     Mutant(
         name="cache-hides-the-present",
@@ -669,6 +693,14 @@ MUTANTS = [
         new="F.gelu(self.c_fc(x))",
         bug="exact GELU instead of GPT-2's tanh form",
         published="nanoGPT #2; LearnRLHF README",
+        tests="huggingface"),
+    Mutant(
+        name="attention-scale-ignored",
+        file="data/huggingface.py",
+        old="scale_attn_by_inverse_layer_idx=[False])",
+        new="scale_attn_by_inverse_layer_idx=[False, True])",
+        bug="the configuration's attention scale is ignored without a word",
+        published="transformers #44380",
         tests="huggingface"),
     Mutant(
         name="embeddings-untied",
@@ -752,6 +784,14 @@ MUTANTS = [
         bug="a resumed run reads the first batches again",
         published="nanoGPT train.py",
         tests="run"),
+    Mutant(
+        name="resume-with-another-tokenizer",
+        file="gpt.py",
+        old="cfg.init_from, cfg.tokenizer or EMBEDDED]",
+        new="cfg.init_from]",
+        bug="a resumed run reads its text with a tokenizer that was made anew",
+        published="k2-fsa/icefall #1417",
+        tests="processes"),
     Mutant(
         name="resume-without-optimizer",
         file="scaffold/run.py",
