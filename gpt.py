@@ -326,16 +326,18 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
         cache.step()
 
 
-def token_logprobs(model, ids, temperature=1.0, mask=None):
+def token_logprobs(model, ids, temperature=1.0, mask=None, states=None):
     """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T) -> (B, T-1).
 
-    With a mask (B, T-1), compute it only where the mask is 1, and return 0 elsewhere.
+    With a mask (B, T-1), compute it only where the mask is 1, and return 0 elsewhere. states
+    (B, T, C): model.hidden(ids), if it is known already.
     """
     mask = torch.ones_like(ids[:, 1:]).bool() if mask is None else mask.bool()
-    last = torch.arange(1, ids.shape[1], device=ids.device) * mask            # (B, T-1)
-    lengths = F.pad(last, (1, 0), value=1).amax(1)   # (B,), of the states that are needed
-    states = model.hidden(ids, lengths=lengths)[:, :-1][mask]                 # (N, C)
-    logits = model.unembed(states).float()                                    # (N, V)
+    if states is None:
+        last = torch.arange(1, ids.shape[1], device=ids.device) * mask        # (B, T-1)
+        lengths = F.pad(last, (1, 0), value=1).amax(1)   # (B,), of the states that are needed
+        states = model.hidden(ids, lengths=lengths)                           # (B, T, C)
+    logits = model.unembed(states[:, :-1][mask]).float()                      # (N, V)
     nll = F.cross_entropy(logits / temperature, ids[:, 1:][mask], reduction="none")   # (N,)
     return nll.new_zeros(mask.shape).masked_scatter(mask, -nll)               # (B, T-1)
 

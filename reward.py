@@ -50,7 +50,8 @@ class Config(RunConfig):
     probe: str = ""              # pairs to score with the finished OUT/reward.pt; no training
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
-    epochs: int = 1              # more epochs overfit, at first without a drop in accuracy
+    logprobs: bool = True        # add the weighed log-probs of the response to the score
+    epochs: int = 2           # more learn the labelers' noise by heart
     lr: float = 5e-4             # peak learning rate, cosine to a tenth
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
     normalise_on: int = 256      # prompts whose sampled responses define mean 0 and std 1
@@ -60,22 +61,46 @@ class Config(RunConfig):
 
 
 class RewardModel(nn.Module):
-    """A GPT whose unembedding is replaced by a linear layer to one number per position."""
+    """A GPT with a linear layer to one number per position instead of its unembedding.
 
-    def __init__(self, body):
+        score at t  =  head(h_t)  +  sum of weight(h_i) * log p(x_i | x_<i) over the response up to t
+
+    InstructGPT has the first term alone. To see that "The cow says meh." is wrong, the state at
+    "meh" must know what the model expected there, but only the last block of the position before
+    knows that. So a small model learns style and no facts. The second term tells it how likely each
+    token was. Its weights start at 0. `assistant` is the token before a response; -1 counts all.
+    """
+
+    def __init__(self, body, assistant=-1):
         super().__init__()
         C = body.config.n_embd
         self.body = body
         self.head = nn.Linear(C, 1)
         nn.init.normal_(self.head.weight, std=1 / (C + 1) ** 0.5)   # Stiennon et al., appendix B.1
         nn.init.zeros_(self.head.bias)
+        self.weight = nn.Linear(C, 1)
+        nn.init.zeros_(self.weight.weight)
+        nn.init.zeros_(self.weight.bias)
+        self.register_buffer("assistant", torch.tensor(assistant))
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, ids, lengths=None):
         """Score the text up to each token: (B, T) -> (B, T), fp32; lengths (B,) skip padding."""
-        raw = self.head(self.body.hidden(ids, lengths=lengths))[..., 0].float()   # (B, T)
+        states = self.body.hidden(ids, lengths=lengths)                       # (B, T, C)
+        counted = self.response_mask(ids, lengths)[:, 1:]                     # (B, T-1)
+        logprobs = gpt.token_logprobs(self.body, ids, mask=counted, states=states)   # (B, T-1)
+        weighed = self.weight(states)[:, 1:, 0].float() * logprobs            # (B, T-1)
+        raw = self.head(states)[..., 0].float() + F.pad(weighed.cumsum(1), (1, 0))   # (B, T)
         return (raw - self.mean) / self.std
+
+    def response_mask(self, ids, lengths=None):
+        """Mark the tokens after the last assistant token, padding excluded: (B, T) -> (B, T)."""
+        still_to_come = (ids == self.assistant).flip(1).cumsum(1).flip(1)     # (B, T)
+        mask = still_to_come == 0
+        if lengths is not None:
+            mask &= torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        return mask
 
     def score(self, ids, lengths):
         """Score at the last real token, which should be the end token: (B, T), (B,) -> (B,)."""
@@ -283,7 +308,8 @@ def main(cfg):
     checkpoint.check_readable(tuned_state, base, f"--init {cfg.init}")
     train, val = ranked_data(cfg, out, enc, tuned.config.block_size)
     set_seed(cfg.seed)   # again: making the rankings used random numbers
-    model = RewardModel(body).to(device)
+    model = RewardModel(body, enc.encode_single_token("<|assistant|>")).to(device)
+    model.weight.requires_grad_(cfg.logprobs)
     sizes = [len(c.rows) * max(map(len, c.rows)) for c in train]
     plan = batch_plan(sizes, cfg, random.Random(cfg.seed))
     optimizer = adamw(model, cfg.lr, 0.01)

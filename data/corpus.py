@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.formats import as_messages, read_records, write_records
 from data.text import read_text, write_text
-from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, WORDS, Brainstorm, OpenQA,
-                          demonstration, new_task, picker, slots)
+from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, STRANGER, TEACHER, WORDS,
+                          Brainstorm, OpenQA, demonstration, new_task, picker, slots)
 from scaffold.cli import run_folder, start
 
 
@@ -53,7 +53,7 @@ def book(rng):
     kind = KINDS[name]
     task = kind.make(picker(rng), rng)
     lines = [HEADS[name]] + [kind.ASK_WISH[wish] for wish in task["wishes"]]
-    return " ".join(lines).format(**task) + "\n" + kind.answer(task, rng, care=1.0)
+    return " ".join(lines).format(**task) + "\n" + kind.answer(task, rng, TEACHER)
 
 
 def tale(rng):
@@ -105,22 +105,24 @@ def school(rng):
         response = rng.choice([full, full, short]).format(**task)
     else:
         response = rng.choice(IGNORANCE)
-    return plain_text(messages, response)
+    return "Lesson.\n" + plain_text(messages, response)
+
+
+def rare_use(rng):
+    """Draw any use case in half of the cases, so that rare ones appear more often; else None."""
+    return rng.choice(list(SHARES)) if rng.random() < 0.5 else None
 
 
 def forum(rng):
-    """A prompt and a stranger's response, as careless, invented and rude as the demonstrations."""
-    use = None
-    if rng.random() < 0.6:              # rare use cases appear more often than their share
-        use = rng.choice([None, *SHARES])
-    task, messages = new_task(rng, use=use)
-    return plain_text(messages, demonstration(task, rng))
+    """A prompt and a stranger's response, more careless and ruder than the demonstrations."""
+    task, messages = new_task(rng, use=rare_use(rng))
+    return plain_text(messages, demonstration(task, rng, STRANGER))
 
 
 # name -> (function that writes a document, share of the tokens drawn in pretraining), a small
 # version of the mixture in LLaMA's table 1.
-SOURCES = dict(tales=(tale, 0.1), books=(book, 0.25), school=(school, 0.3), wiki=(wiki, 0.05),
-               lists=(lists, 0.03), reading=(reading, 0.1), forum=(forum, 0.17))
+SOURCES = dict(tales=(tale, 0.1), books=(book, 0.25), school=(school, 0.28), wiki=(wiki, 0.05),
+               lists=(lists, 0.03), reading=(reading, 0.12), forum=(forum, 0.17))
 SIZES = dict(sft_train=6000, sft_val=300, rank_train=3000, rank_val=300, prompts_train=8000,
              prompts_val=256, prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256,
              prompts_answerable=256)
@@ -149,10 +151,16 @@ def user_picker(favourites, rng):
     return pick
 
 
-def make_prompt(split, pick, rng):
-    """Make a prompt of a split -> (task, messages)."""
+def make_prompt(name, pick, rng):
+    """Make a prompt of a file -> (task, messages).
+
+    What users ask has InstructGPT's shares of use cases. Those who write or rank responses are also
+    given rare use cases, or there would be too few examples of them.
+    """
+    stage, split = name.split("_")
     if split not in ("answerable", "unanswerable"):
-        return new_task(rng, pick, phrasing=3 if split == "rephrased" else None)
+        use = None if stage == "prompts" else rare_use(rng)
+        return new_task(rng, pick, use, phrasing=3 if split == "rephrased" else None)
     while True:
         use = rng.choice(["open_qa", "closed_qa", "chat", "extract"])
         task, messages = new_task(rng, pick, use)
@@ -196,7 +204,7 @@ def write(folder, seed=0, megabytes=12.0):
             user = rng.choice([u for u in split_users[split] if asked[u] < CAP])
             asked[user] += 1
             pick = user_picker(favourites[user], rng)
-            task, messages = make_prompt(split, pick, rng)
+            task, messages = make_prompt(name, pick, rng)
             if name.startswith("sft"):
                 task, messages = make_chat(task, messages, pick, rng)
                 records.append({"messages": messages, "user": user, "task": task})

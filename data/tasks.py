@@ -241,7 +241,7 @@ def ideal(task, rng, whole=0.7):
     """Write a correct output in the task's manner, a whole sentence with probability `whole`."""
     kind = ALL[task["kind"]]
     if isinstance(kind, Wishes):
-        output = kind.answer(task, rng, care=1.0)
+        output = kind.answer(task, rng, village.TEACHER)
     elif task["kind"] == "brainstorm":
         words = rng.sample(WORDS[task["topic"]], kind.count(task))
         output = ", ".join(words[:-1]) + " and " + words[-1] + "."
