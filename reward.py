@@ -33,7 +33,7 @@ import sft
 from data import checkpoint, labelers
 from data.formats import load_comparisons, load_grader, load_val, mean_grade, split_names
 from data.rankings import aligned, print_probes, print_widest, report, targets, word_scores
-from data.text import batches, pad, sorted_batches
+from data.text import batches, by_length, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
@@ -63,12 +63,12 @@ class Config(RunConfig):
 class RewardModel(nn.Module):
     """A GPT with a linear layer to one number per position instead of its unembedding.
 
-        score at t  =  head(h_t)  +  sum of weight(h_i) * log p(x_i | x_<i) over the response up to t
+        score at t  =  head(h_t)  +  sum over i <= t of weight(h_i) * log p(x_i | x_<i)
 
     InstructGPT has the first term alone. To see that "The cow says meh." is wrong, the state at
-    "meh" must know what the model expected there, but only the last block of the position before
-    knows that. So a small model learns style and no facts. The second term tells it how likely each
-    token was. Its weights start at 0. `assistant` is the token before a response; -1 counts all.
+    "meh" needs what the model expected there, but that is known only after the last block of the
+    position before. So a small model learns style, not facts. The second term says how likely each
+    token was; its weights start at 0. i runs over the tokens after the last `assistant` token.
     """
 
     def __init__(self, body, assistant=-1):
@@ -87,20 +87,14 @@ class RewardModel(nn.Module):
 
     def forward(self, ids, lengths=None):
         """Score the text up to each token: (B, T) -> (B, T), fp32; lengths (B,) skip padding."""
-        states = self.body.hidden(ids, lengths=lengths)                       # (B, T, C)
-        counted = self.response_mask(ids, lengths)[:, 1:]                     # (B, T-1)
-        logprobs = gpt.token_logprobs(self.body, ids, mask=counted, states=states)   # (B, T-1)
+        if lengths is not None:
+            return by_length(self, ids, lengths)
+        states = self.body.hidden(ids)                                        # (B, T, C)
+        response = (ids == self.assistant).flip(1).cumsum(1).flip(1) == 0     # (B, T)
+        logprobs = gpt.token_logprobs(self.body, ids, mask=response[:, 1:], states=states)
         weighed = self.weight(states)[:, 1:, 0].float() * logprobs            # (B, T-1)
         raw = self.head(states)[..., 0].float() + F.pad(weighed.cumsum(1), (1, 0))   # (B, T)
         return (raw - self.mean) / self.std
-
-    def response_mask(self, ids, lengths=None):
-        """Mark the tokens after the last assistant token, padding excluded: (B, T) -> (B, T)."""
-        still_to_come = (ids == self.assistant).flip(1).cumsum(1).flip(1)     # (B, T)
-        mask = still_to_come == 0
-        if lengths is not None:
-            mask &= torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        return mask
 
     def score(self, ids, lengths):
         """Score at the last real token, which should be the end token: (B, T), (B,) -> (B,)."""

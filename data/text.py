@@ -239,7 +239,7 @@ def pack(documents, T):
 
 
 def by_length(f, ids, lengths):
-    """Return f(ids), (B, T) -> (B, T, C), and skip most of the padding.
+    """Return f(ids), (B, T) -> (B, T) or (B, T, C), and skip most of the padding.
 
     If more than a fifth is padding, f takes four groups of rows of similar length, each cut to its
     longest row; the result is 0 after the cut.
@@ -250,8 +250,8 @@ def by_length(f, ids, lengths):
     parts = []
     for rows in order.chunk(4):
         T = int(lengths[rows[-1]])
-        part = f(ids[rows, :T])                                               # (n, T, C)
-        parts.append(F.pad(part, (0, 0, 0, ids.shape[1] - T)))
+        part = f(ids[rows, :T])                                               # (n, T) or (n, T, C)
+        parts.append(F.pad(part, (0, 0) * (part.ndim - 2) + (0, ids.shape[1] - T)))
     return torch.cat(parts)[order.argsort()]
 
 

@@ -13,6 +13,7 @@ tests/test_processes.py reads it.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -376,10 +377,9 @@ def other_version(path):
         weights = state.get("model", state)
         name = next(k for k in weights if k.endswith("wpe.weight"))
         weights[name] = -weights[name]
-        copy = path.with_name("copy")
-        torch.save(state, copy)
-        other = copy.read_bytes()
-        copy.unlink()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        other = buffer.getvalue()
     elif path.name in ("tokenizer.json", "embedded.json"):
         content = json.loads(raw)
         content["ranks"][300:302] = reversed(content["ranks"][300:302])

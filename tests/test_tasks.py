@@ -610,7 +610,7 @@ def test_this_input_does_not_fit(instruction, text):
 
 def careless_response(task, rng, care):
     kind = village.KINDS[task["kind"]]
-    return kind.answer(task, rng, care) if task.get("wishes") else kind.answer(task, rng)
+    return kind.answer(task, rng, village.LABELER._replace(care=care))
 
 
 def test_a_grade_is_the_villages_in_every_manner():

@@ -186,7 +186,7 @@ def test_the_response_of_a_careful_writer_is_worth_1():
     rng = random.Random(2)
     for task in tasks(500):
         if "wishes" in task:
-            assert gold(task, KINDS[task["kind"]].answer(task, rng, care=1.0)) == 1
+            assert gold(task, KINDS[task["kind"]].answer(task, rng, village.TEACHER)) == 1
 
 
 # The English of the templates
