@@ -403,7 +403,7 @@ NOUNS = dict(place="place", thing="object", food="food", job="job", animal="anim
 def closed_qa_form(topic):
     statement, question = LIFE[topic]
     phrasings = ["{text} " + question, question + " {text}", "Read this: {text} " + question,
-                 "{text} Please tell me: " + question]
+                 "{text} Tell me: " + question]
     return Form(phrasings, statement, f"{{{topic}}}.", 0.5)
 
 
@@ -530,7 +530,7 @@ class Chat(Reply):
                    "How am I? I feel so {mood}."],
                   "I am {reaction} to hear that, {person}.", "I am {reaction} to hear that.", 0.5),
         name=Form(["Fine. What is my name?", "I am well. Do you know my name?", "Good. Who am I?",
-                   "Fine. Now tell me my name."],
+                   "Fine. Tell me my name."],
                   "Your name is {person}.", "{person}.", 0.5))
 
     def make(self, pick, rng):
