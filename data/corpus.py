@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.formats import as_messages, read_records, write_records
 from data.text import read_text, write_text
-from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, STRANGER, TEACHER, WORDS,
+from data.village import (FACTS, IGNORANCE, KINDS, LIFE, NOUNS, SHARES, STRANGER, TEACHER, WORDS,
                           Brainstorm, OpenQA, demonstration, new_task, picker, slots)
 from scaffold.cli import run_folder, start
 
@@ -90,8 +90,13 @@ def reading(rng):
     words = {slot: rng.choice(WORDS[slot]) for slot in ["person", *told]}
     lines = [" ".join(LIFE[topic].statement for topic in told).format(**words)]
     for topic in rng.sample(list(LIFE), 3):
-        lines.append(LIFE[topic].question.format(**words))
-        form = rng.choice([LIFE[topic].statement, f"{{{topic}}}."])
+        question = LIFE[topic].question
+        full = LIFE[topic].statement
+        if rng.random() < 0.4:
+            question = f"Which {NOUNS[topic]} is named here?"
+            full = KINDS["extract"].FORMS[topic].full
+        lines.append(question.format(**words))
+        form = rng.choice([full, f"{{{topic}}}."])
         lines.append(form.format(**words) if topic in told else rng.choice(IGNORANCE))
     return "\n".join(lines)
 
@@ -121,8 +126,8 @@ def forum(rng):
 
 # name -> (function that writes a document, share of the tokens drawn in pretraining), a small
 # version of the mixture in LLaMA's table 1.
-SOURCES = dict(tales=(tale, 0.1), books=(book, 0.25), school=(school, 0.28), wiki=(wiki, 0.05),
-               lists=(lists, 0.03), reading=(reading, 0.12), forum=(forum, 0.17))
+SOURCES = dict(tales=(tale, 0.05), books=(book, 0.22), school=(school, 0.35), wiki=(wiki, 0.05),
+               lists=(lists, 0.03), reading=(reading, 0.15), forum=(forum, 0.15))
 SIZES = dict(sft_train=6000, sft_val=300, rank_train=3000, rank_val=300, prompts_train=8000,
              prompts_val=256, prompts_test=512, prompts_unanswerable=256, prompts_rephrased=256,
              prompts_answerable=256)

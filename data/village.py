@@ -30,8 +30,8 @@ class Writer(NamedTuple):
     rude: float       # adds a rude line
 
 
-LABELER = Writer(care=0.35, wrong=0.1, refuses=0.15, admits=0.35, rude=0.25)   # of demonstrations
-STRANGER = Writer(care=0.2, wrong=0.3, refuses=0.1, admits=0.2, rude=0.5)      # in the forum
+LABELER = Writer(care=0.35, wrong=0.1, refuses=0.1, admits=0.35, rude=0.25)   # of demonstrations
+STRANGER = Writer(care=0.2, wrong=0.2, refuses=0.1, admits=0.2, rude=0.5)      # in the forum
 TEACHER = Writer(care=1.0, wrong=0.0, refuses=0.0, admits=1.0, rude=0.0)
 
 WORDS = dict(                           # slot of a template -> the words that may fill it
@@ -411,7 +411,7 @@ def extract_form(topic):
     noun = NOUNS[topic]
     phrasings = [f"Which {noun} is named here? {{text}}", f"Find the {noun} in this: {{text}}",
                  f"Pick out the {noun}: {{text}}", f"{{text}} Tell me the {noun}."]
-    return Form(phrasings, f"The word is {{{topic}}}.", f"{{{topic}}}.", 0.5)
+    return Form(phrasings, f"{noun.capitalize()}: {{{topic}}}.", f"{{{topic}}}.", 0.5)
 
 
 class ClosedQA(Reply):
