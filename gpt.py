@@ -329,8 +329,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
 def token_logprobs(model, ids, temperature=1.0, mask=None, states=None):
     """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T) -> (B, T-1).
 
-    With a mask (B, T-1), compute it only where the mask is 1, and return 0 elsewhere. states
-    (B, T, C): model.hidden(ids), if it is known already.
+    With a mask (B, T-1), compute it only where it is 1, else return 0. states: model.hidden(ids).
     """
     mask = torch.ones_like(ids[:, 1:]).bool() if mask is None else mask.bool()
     if states is None:
@@ -421,8 +420,8 @@ def main(cfg):
     optimizer = {"muon": muon, "adamw": adamw}[cfg.optimizer](model, cfg.lr, cfg.weight_decay)
     rng = random.Random(cfg.seed)
     drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
-    inputs = [cfg.data, cfg.init, cfg.init_from, cfg.tokenizer or EMBEDDED]
-    run = Run(cfg, "gpt", inputs, model=model, optimizer=optimizer, rng=rng, drawn=drawn)
+    run = Run(cfg, "gpt", [cfg.data, cfg.init, cfg.init_from, cfg.tokenizer or EMBEDDED],
+              model=model, optimizer=optimizer, rng=rng, drawn=drawn)
     model.train()
     for step in run.steps(cfg.steps):
         ids, segments = map(shard, draw_rows(sources, drawn, cfg.batch_tokens, T, rng))

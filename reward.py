@@ -22,7 +22,6 @@ gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measu
 """
 import random
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,7 +31,8 @@ import gpt
 import sft
 from data import checkpoint, labelers
 from data.formats import load_comparisons, load_grader, load_val, mean_grade, split_names
-from data.rankings import aligned, print_probes, print_widest, report, targets, word_scores
+from data.rankings import (
+    aligned, print_probes, print_widest, report, targets, tokenize, word_scores)
 from data.text import batches, by_length, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
@@ -51,7 +51,7 @@ class Config(RunConfig):
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
     logprobs: bool = True        # add the weighed log-probs of the response to the score
-    epochs: int = 2           # more learn the labelers' noise by heart
+    epochs: int = 2              # more learn the labelers' noise by heart
     lr: float = 5e-4             # peak learning rate, cosine to a tenth
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
     normalise_on: int = 256      # prompts whose sampled responses define mean 0 and std 1
@@ -65,10 +65,10 @@ class RewardModel(nn.Module):
 
         score at t  =  head(h_t)  +  sum over i <= t of weight(h_i) * log p(x_i | x_<i)
 
-    InstructGPT has the first term alone. To see that "The cow says meh." is wrong, the state at
-    "meh" needs what the model expected there, but that is known only after the last block of the
-    position before. So a small model learns style, not facts. The second term says how likely each
-    token was; its weights start at 0. i runs over the tokens after the last `assistant` token.
+    InstructGPT has the first term. From it a small model learns style and no facts: to see that
+    "The cow says meh." is wrong, it needs what it expected in place of "meh", and only its last
+    block knows that. The second term, over the tokens after the last `assistant` token, tells how
+    likely each of them was. Its weights start at 0.
     """
 
     def __init__(self, body, assistant=-1):
@@ -78,9 +78,8 @@ class RewardModel(nn.Module):
         self.head = nn.Linear(C, 1)
         nn.init.normal_(self.head.weight, std=1 / (C + 1) ** 0.5)   # Stiennon et al., appendix B.1
         nn.init.zeros_(self.head.bias)
-        self.weight = nn.Linear(C, 1)
+        self.weight = nn.Linear(C, 1, bias=False)
         nn.init.zeros_(self.weight.weight)
-        nn.init.zeros_(self.weight.bias)
         self.register_buffer("assistant", torch.tensor(assistant))
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
@@ -134,42 +133,6 @@ def token_margin_loss(better, worse, mask, margin=1.0):
     """
     mask = mask.float()
     return (F.relu(margin - (better - worse)) * mask).sum() / mask.sum().clamp(min=1)
-
-
-class Comparison(NamedTuple):
-    """The tokenized responses of one prompt."""
-    rows: list      # K tensors of ids: prompt, response, end token
-    start: int      # length of the prompt
-    record: dict    # "prompt", "responses", "ranks", ... of the K responses
-
-
-def tokenize(records, enc, block_size):
-    """Tokenize ranked responses -> [Comparison].
-
-    A prompt too long for the context loses its beginning, for all its responses alike, so that the
-    comparison stays fair. A response that fills the context without a prompt is skipped.
-    """
-    comparisons, cut, lost = [], 0, 0
-    for r in records:
-        prompt = sft.render_prompt(r["prompt"], enc)
-        responses = [enc.encode_ordinary(a) + [end_of(enc)] for a in r["responses"]]
-        fits = [i for i, ids in enumerate(responses) if len(ids) < block_size]
-        lost += len(responses) - len(fits)
-        if len({r["ranks"][i] for i in fits}) < 2:   # no pair is left
-            continue
-        room = block_size - max(len(responses[i]) for i in fits)
-        cut += len(prompt) > room
-        prompt = prompt[-room:]
-        rows = [torch.tensor(prompt + responses[i]) for i in fits]
-        lists = [k for k in ("responses", "ranks", "ranks_other", "scores") if k in r]
-        kept = {k: [r[k][i] for i in fits] for k in lists}
-        comparisons.append(Comparison(rows, len(prompt), {**r, **kept}))
-    if cut or lost:
-        print(f"{cut} of {len(records)} prompts lose their beginning to fit the context of "
-              f"{block_size}; {lost} responses that do not fit at all are skipped")
-    if not comparisons:
-        raise UserError(f"no comparison fits the context of {block_size}; enlarge --block-size")
-    return comparisons
 
 
 def rank_tensor(rows):
@@ -254,7 +217,8 @@ def probe(path, reward_path, device):
         raise UserError(f"{reward_path} is missing; make it with: "
                         f"python reward.py --out {reward_path.parent}")
     model, enc = load_reward(reward_path, device)
-    comparisons = tokenize(load_comparisons(path), enc, model.body.config.block_size)
+    comparisons = tokenize(load_comparisons(path), sft.render_prompt, enc,
+                           model.body.config.block_size)
     print_probes([c.record for c in comparisons], score_all(model, comparisons, device))
 
 
@@ -275,7 +239,7 @@ def ranked_data(cfg, out, enc, block_size):
         cfg.data = paths[0]
         cfg.val = cfg.val or paths[1]
     train, val = load_val(load_comparisons(cfg.data), cfg.val, load_comparisons, cfg.seed)
-    return tokenize(train, enc, block_size), tokenize(val, enc, block_size)
+    return [tokenize(part, sft.render_prompt, enc, block_size) for part in (train, val)]
 
 
 def batch_plan(sizes, cfg, rng):

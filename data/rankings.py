@@ -1,14 +1,49 @@
-"""Ranked responses: their pairs, how well scores order them, and how often labelers agree.
-
-A comparison is a reward.Comparison: the id tensors of K responses (rows), the length of their
-prompt (start), and the record with their ranks, 1 for the best.
-"""
+"""Ranked responses: their tokens, their pairs, and how well scores or people order them."""
 import itertools
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 
+from data.tokenizer import end_of
+from scaffold.cli import UserError
 from scaffold.table import format_table
+
+
+class Comparison(NamedTuple):
+    """The tokenized responses of one prompt."""
+    rows: list      # K tensors of ids: prompt, response, end token
+    start: int      # length of the prompt
+    record: dict    # "prompt", "responses", "ranks", ... of the K responses
+
+
+def tokenize(records, render, enc, block_size):
+    """Tokenize ranked responses -> [Comparison]. render: sft.render_prompt.
+
+    A prompt too long for the context loses its beginning, for all its responses alike, so that the
+    comparison stays fair. A response that fills the context without a prompt is skipped.
+    """
+    comparisons, cut, lost = [], 0, 0
+    for r in records:
+        prompt = render(r["prompt"], enc)
+        responses = [enc.encode_ordinary(a) + [end_of(enc)] for a in r["responses"]]
+        fits = [i for i, ids in enumerate(responses) if len(ids) < block_size]
+        lost += len(responses) - len(fits)
+        if len({r["ranks"][i] for i in fits}) < 2:   # no pair is left
+            continue
+        room = block_size - max(len(responses[i]) for i in fits)
+        cut += len(prompt) > room
+        prompt = prompt[-room:]
+        rows = [torch.tensor(prompt + responses[i]) for i in fits]
+        lists = [k for k in ("responses", "ranks", "ranks_other", "scores") if k in r]
+        kept = {k: [r[k][i] for i in fits] for k in lists}
+        comparisons.append(Comparison(rows, len(prompt), {**r, **kept}))
+    if cut or lost:
+        print(f"{cut} of {len(records)} prompts lose their beginning to fit the context of "
+              f"{block_size}; {lost} responses that do not fit at all are skipped")
+    if not comparisons:
+        raise UserError(f"no comparison fits the context of {block_size}; enlarge --block-size")
+    return comparisons
 
 
 def ranked_pairs(ranks):

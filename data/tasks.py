@@ -2,7 +2,7 @@
 
     instruction   Which food is named in the text? Say it twice.
     input         Ann lost a ball. Ann likes soup.
-    output        The word is soup. The word is soup.
+    output        Food: soup. Food: soup.
 
 The input may be empty. The last sentence of an instruction may be a manner: how to say the output.
 new_task draws a task. read_instruction and read_input turn its words back into the task, and

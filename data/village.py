@@ -485,7 +485,8 @@ class Classify(Reply):
                   "This is a {feeling} feeling.", "{feeling}.", 0.5),
         manners=Form(["Is this polite or rude? {text}",
                       "How does this sound, polite or rude? {text}",
-                      "Tell me if this is polite or rude: {text}", "{text} Is that polite or rude?"],
+                      "Tell me if this is polite or rude: {text}",
+                      "{text} Is that polite or rude?"],
                      "This is {manners}.", "{manners}.", 0.5))
 
     def make(self, pick, rng):

@@ -40,9 +40,10 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo
 import reward
+import sft
 from data import labelers, village
 from data.formats import load_comparisons, read_records
-from data.rankings import report
+from data.rankings import report, tokenize
 from lab.cot import mean, print_table
 from lab.grpo import (
     COLUMNS, cells, evaluate_policies, load, measures, new_learner, ppo_update, train)
@@ -83,7 +84,7 @@ def train_on(s, reward_model, records, seed):
     model = copy.deepcopy(reward_model).requires_grad_(True).train()
     model.mean.zero_()   # reward.py trains the raw scores, too
     model.std.fill_(1)
-    comparisons = reward.tokenize(records, s.enc, model.body.config.block_size)
+    comparisons = tokenize(records, sft.render_prompt, s.enc, model.body.config.block_size)
     sizes = [len(c.rows) * max(map(len, c.rows)) for c in comparisons]
     plan = reward.batch_plan(sizes, cfg, random.Random(seed))
     optimizer = adamw(model, cfg.lr, 0.01)
@@ -109,7 +110,7 @@ def with_old(new, old, seed):
 def quality(s, policy, prompts, seed):
     """Measure the reward model on ranked responses of the policy to all prompts -> row."""
     ranked = labelers.rank(policy, s.enc, prompts, seed)
-    comparisons = reward.tokenize(ranked, s.enc, policy.config.block_size)
+    comparisons = tokenize(ranked, sft.render_prompt, s.enc, policy.config.block_size)
     scores = reward.score_all(s.reward_model, comparisons, s.device)
     row = report("", comparisons, scores, {}, village.gold)
     return {"pairs": row["pairs"], "agrees": row["accuracy"], "possible": row["gold_program"],

@@ -16,7 +16,6 @@ import torch
 
 import dpo
 import gpt
-import reward
 import sft
 from data import labelers, rankings
 from scaffold import health
@@ -509,9 +508,9 @@ def test_random_pairs_are_any_of_all():
 
 
 def comparisons(*records):
-    """Return the reward.Comparisons of (prompt, responses, ranks)."""
+    """Return the Comparisons of (prompt, responses, ranks)."""
     dicts = [dict(prompt=[user(p)], responses=r, ranks=ranks) for p, r, ranks in records]
-    return reward.tokenize(dicts, ENC, 64)
+    return rankings.tokenize(dicts, sft.render_prompt, ENC, 64)
 
 
 def test_flatten_keeps_what_belongs_together():

@@ -45,7 +45,7 @@ from data.formats import (
     load_seed_tasks,
     split_by_user,
 )
-from data.rankings import report, targets
+from data.rankings import report, targets, tokenize
 from data.tokenizer import token_bytes
 from data.verdicts import load_judged
 from scaffold.cli import UserError
@@ -206,7 +206,7 @@ def check_comparisons(path, records, printed):
         assert reward.pair_mask(ranks).any()
     with silently():
         try:
-            comparisons = reward.tokenize(records, ENC, BLOCK)
+            comparisons = tokenize(records, sft.render_prompt, ENC, BLOCK)
         except UserError as e:
             assert "no comparison fits the context" in str(e)
             return

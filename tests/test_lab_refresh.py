@@ -7,7 +7,7 @@ import torch
 
 import reward
 import sft
-from data import labelers, village
+from data import labelers, rankings, village
 from lab import grpo, refresh
 from lab_run import Started, make_reward_run, start
 from scaffold.cli import UserError
@@ -90,7 +90,7 @@ def test_the_reward_model_learns_from_new_rankings_and_is_normalised(s, records)
     model = refresh.train_on(s, s.reward_model, new, 0)
     assert same_weights(s.reward_model, before)
     assert not any(p.requires_grad for p in model.parameters())
-    comparisons = reward.tokenize(new, s.enc, 128)
+    comparisons = rankings.tokenize(new, sft.render_prompt, s.enc, 128)
     right = [no < yes for no, yes in reward.score_all(model, comparisons, "cpu")]
     assert sum(right) > 0.9 * len(right)
     cfg = reward.Config()

@@ -11,11 +11,11 @@ import gpt
 import ppo
 import reward
 import sft
-from data import labelers
-from data.rankings import aligned, pair_accuracy, probe_rows, report, targets, word_scores
+from data import labelers, rankings
+from data.rankings import (
+    Comparison, aligned, pair_accuracy, probe_rows, report, targets, word_scores)
 from data.text import pad
 from data.tokenizer import fingerprint, get_tokenizer
-from reward import Comparison
 from scaffold.cli import UserError
 from scaffold.run import load_checkpoint
 from tiny import (
@@ -373,7 +373,7 @@ HI = [user("Hi")]
 RANKED = {"prompt": HI, "responses": ["a", "b"], "ranks": [1, 2]}
 
 def tokenize(*records):
-    return reward.tokenize(list(records), ENC, CONTEXT)
+    return rankings.tokenize(list(records), sft.render_prompt, ENC, CONTEXT)
 
 
 def test_tokenize_puts_prompt_response_and_end_together():

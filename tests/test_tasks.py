@@ -398,7 +398,7 @@ RIGHT_OUTPUTS = [
     ("How do you say dog in Chinese?", "", "In Chinese it is 狗."),
     (READ_TOM, HAT, "Tom lost a hat."),
     (READ_TOM, BAKER, "I do not know."),
-    ("Find the food in the text.", HAT, "The word is soup."),
+    ("Find the food in the text.", HAT, "Food: soup."),
     ("Find the job in the text.", "Tom likes soup.", "Nobody told me."),
     (SUM_UP, STORY, "Tom found a red ball at the mill."),
     ("Say it in a polite way.", "Give me the cup!", "Could you please give me the cup?"),
