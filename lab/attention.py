@@ -276,7 +276,7 @@ def main(cfg):
             model = train(causal, sources, enc, cfg, seed, device)
             row[name] = measure(model, causal, gaps, candidates, mask_token(enc))
         rows.append(row)
-        log_metrics(out / "lab-attention.jsonl", seed=seed, steps=cfg.steps,
+        log_metrics(out / "lab-attention.jsonl", fresh=seed == cfg.seed, seed=seed, steps=cfg.steps,
                     words=len(candidates), **row)
     print(f"{cfg.n} held-out documents, {len(candidates)} words to choose from, "
           f"{cfg.steps * cfg.batch_tokens:,} tokens each, {cfg.seeds} seeds")

@@ -294,8 +294,8 @@ def main(cfg):
     table = measure_loss(cfg.seed, cfg.threshold)
     print_loss(table)
     log_metrics(
-        Path(out) / "clean.jsonl", seed=cfg.seed, quality=rows, good=good, copies=copies,
-        pages_taken=pages_taken, personal=personal.recall, forms=personal.forms,
+        Path(out) / "clean.jsonl", fresh=True, seed=cfg.seed, quality=rows, good=good,
+        copies=copies, pages_taken=pages_taken, personal=personal.recall, forms=personal.forms,
         precision=personal.precision, harmless=personal.harmless, lm=table,
     )
 

@@ -253,7 +253,8 @@ def main(cfg):
         rng = random.Random(seed)
         agreements.append(judge(records, rewards, rng))
         made.append(judge_made(cfg.n, model, enc, rng))
-        log_metrics(out / "lab-rouge.jsonl", seed=seed, judges=agreements[-1], made=made[-1])
+        log_metrics(out / "lab-rouge.jsonl", fresh=seed == cfg.seed, seed=seed,
+                    judges=agreements[-1], made=made[-1])
     print(f"{len(records)} prompts of held-out users, {len(responses):,} responses, "
           f"{cfg.seeds} sets of references")
     print_results(agreements, made)

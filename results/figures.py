@@ -1,4 +1,4 @@
-"""From the numbers of results/*.jsonl to the tables of results/README.md and the figure.
+"""From the numbers of results/*.jsonl to the tables of both README files and the figure.
 
     python results/figures.py        the figure needs matplotlib; without it, the tables alone
 """
@@ -6,22 +6,40 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from results.keep import is_header
+from results.make import CONTROLS, FIRST, LABS, SIZES
+
 README = HERE / "README.md"
+FRONT = HERE.parent / "README.md"
 END = "<!-- end of table -->"
 
 
 def begin(name):
-    """Return the mark in README.md above a table; everything from there to END is replaced."""
+    """Return the mark in a README above a table; everything from there to END is replaced."""
     return f"<!-- table {name}: made by figures.py -->"
 
 
 def read_rows(name):
-    """Return the rows of one file."""
-    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+    """Return the rows of one file without its first line, which says where they come from."""
+    rows = [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+    return [row for row in rows if not is_header(row)]
+
+
+def read_headers():
+    """Return {file: first line} of the files that have such a line."""
+    found = {}
+    for path in sorted(HERE.glob("*.jsonl")):
+        with open(path, encoding="utf-8") as f:
+            first = json.loads(f.readline())
+        if is_header(first):
+            found[path.name] = first
+    return found
 
 
 def load(stage):
@@ -64,10 +82,49 @@ class Column(NamedTuple):
         return spread([row.get(self.key) for row in rows], self.form)
 
 
+class Mean(Column):
+    """A column of means without their ranges."""
+
+    def cell(self, rows):
+        values = [row[self.key] for row in rows if row.get(self.key) is not None]
+        return self.form.format(statistics.mean(values)) if values else "-"
+
+
 def markdown(heads, lines):
     """Return a Markdown table."""
     rows = ["| " + " | ".join(cells) + " |" for cells in [heads, *lines]]
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
+
+
+FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "ppo")
+FRONT_COLUMNS = [
+    Mean("gold", "gold"),
+    Mean("win rate vs sft", "win_rate_vs_sft", "{:.0%}"),
+    Mean("right", "right_rate", "{:.0%}"),
+    Mean("refused", "refused_rate", "{:.0%}"),
+    Mean("made up", "hallucination_rate", "{:.0%}"),
+    Mean("rude", "rude_rate", "{:.1%}"),
+    Mean("KL", "kl_to_sft", "{:.1f}"),
+    Mean("LM loss", "lm_loss"),
+]
+
+
+def front_results():
+    """Return the table and the figure of the project's README: the means of (A), and (C)."""
+    runs = load("eval")
+    lines = []
+    for stage in FRONT_STAGES:
+        rows = select(runs, "stage", stage)
+        lines.append([stage, *[column.cell(rows) for column in FRONT_COLUMNS]])
+    table = markdown(["", *[column.head for column in FRONT_COLUMNS]], lines)
+    ends = []
+    for stage, beta in LONG_RUNS.items():
+        for rows in load(stage).values():
+            score = smooth([row["objective/scores"] for row in rows])[-1]
+            gold = smooth([row["objective/gold"] for row in rows])[-1]
+            ends.append(f"beta {beta}: score {score:.1f}, gold {gold:.2f}")
+    picture = "![score, gold and KL over PPO updates](results/overoptimisation.png)"
+    return f"{table}\n\n{picture}\n*At the end, {'; '.join(ends)}*"
 
 
 COLUMNS_A = [
@@ -126,6 +183,73 @@ def table_b():
         number = Column("number", f"n_{key}", "{:.0f}")
         lines.append([key.replace("_", " "), share.cell(probes), number.cell(probes)])
     return accuracies + "\n\n" + markdown(["probe pairs", "better preferred", "number"], lines)
+
+
+COLUMNS_SIZES = [
+    Column("LM loss of base", "lm_loss"),
+    Column("accuracy", "accuracy"),
+    Column("right against wrong", "right_vs_wrong"),
+    Column("right against refusal", "right_vs_refusal"),
+    Column("refusal against invention", "refusal_vs_invention"),
+    Column("whole against lazy", "whole_vs_lazy"),
+    Column("polite against rude", "polite_vs_rude"),
+    Column("wish met against passed over", "wish_vs_none"),
+]
+
+
+def table_b_sizes():
+    """Return what the reward model knows at three sizes, one run each."""
+    smaller, larger = [(size.replace("x", " x "), f"-size-{size}") for size in SIZES]
+    lines = []
+    for name, end in (smaller, ("the default", ""), larger):
+        graded = {FIRST: load(f"eval{end}").get(FIRST, [])}
+        trained = {FIRST: load(f"reward{end}").get(FIRST, [])}
+        row = {}
+        for part in (select(graded, "stage", "base"), select(graded, "stage", "reward"),
+                     select(trained, "split", "held-out users")):
+            row |= part[0] if part else {}
+        lines.append([name, *[column.cell([row]) for column in COLUMNS_SIZES]])
+    return markdown(["layers x width", *[column.head for column in COLUMNS_SIZES]], lines)
+
+
+def table_b_losses():
+    """Return the accuracies of the reward model's three losses on the same run."""
+    lines = []
+    for loss in ("ranking", "regression", "token-margin"):
+        runs = load("reward" if loss == "ranking" else f"reward-{loss}")
+        runs = {seed: runs[seed] for seed in load("reward-regression")}
+        rows = select(runs, "split", "held-out users")
+        cells = [spread([row[key] for row in rows], "{:.3f}")
+                 for key in ("accuracy", "accuracy_against_gold")]
+        lines.append([f"`--loss {loss}`", *cells])
+    return markdown(["loss", "accuracy", "accuracy against gold"], lines)
+
+
+def smooth(values, n=9):
+    """Return the means of n neighbours, fewer at the ends."""
+    half = n // 2
+    return [statistics.mean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
+
+
+LONG_RUNS = {"ppo-long": "0.1", "ppo-beta-0": "0"}      # the beta of each
+PANELS = {
+    "objective/scores": "reward model's score (what PPO sees)",
+    "objective/gold": "gold grade of the same responses (the truth)",
+    "objective/kl": "KL to sft, nats per response",
+}
+
+
+def table_c():
+    """Return where the long PPO runs with and without the KL penalty end."""
+    lines = []
+    for stage, beta in LONG_RUNS.items():
+        for rows in load(stage).values():
+            score, gold, kl = [smooth([row[key] for row in rows]) for key in PANELS]
+            best = max(gold)
+            lines.append([beta, f"{score[-1]:.1f}", f"{best:.2f} ({gold.index(best)})",
+                          f"{gold[-1]:.2f}", f"{kl[-1]:.1f}"])
+    heads = ["beta", "last score", "highest gold (after update)", "last gold", "last KL"]
+    return markdown(heads, lines)
 
 
 AUDIT = [                                   # the row of the log, and what to read from it
@@ -199,7 +323,6 @@ COLUMNS_E = [
     Column("length", "length", "{:.0f}"),
     Column("thanks", "thanks", "{:.0%}"),
 ]
-CONTROLS = ("update-sft", "pairs-gold", "pairs-random", "frozen-judge", "no-replay")
 
 
 def table_e():
@@ -212,9 +335,95 @@ def table_e():
             stages = stages[-1:]
         for stage in stages:
             rows = select(runs, "stage", stage)
-            model = stage if len(rows) == 3 else f"{stage} ({len(rows)})"
+            model = f"{stage} ({len(rows)})" if name in CONTROLS else stage
             lines.append([name, model, *[column.cell(rows) for column in COLUMNS_E]])
     return markdown(["run", "model", *[column.head for column in COLUMNS_E]], lines)
+
+
+def lab_rows(name):
+    """Return the rows of a short experiment: names, numbers and a seed; [] without its file."""
+    if name == "tool_use":
+        return [row | {"seed": seed} for seed, rows in load("tools").items() for row in rows
+                if "row" in row]
+    path = HERE / f"lab-{name}.jsonl"
+    if not path.exists():
+        return []
+    rows = read_rows(path.name)
+    if name == "attention":
+        return [{"seed": row["seed"], "model": model} | row[model]
+                for row in rows for model in ("causal", "bidirectional")]
+    if name == "rouge":
+        return [{"seed": row["seed"], "judge": judge, "as gold orders": values[0],
+                 "correlation": values[1]}
+                for row in rows for judge, values in row["judges"].items()]
+    if name == "icl":      # the mean of its tasks, and of the pretrained model alone
+        names = ("task", "model")
+        return [{key: value for key, value in row.items() if key not in names}
+                for row in rows if row["model"] == "base"]
+    return rows
+
+
+def split_keys(rows):
+    """Return the keys that name the lines of a table, and those of its numbers.
+
+    A key names lines if its values are no fractions and are the same, two or more, in every seed.
+    Of the others, those with numbers alone are numbers. Samples of text and lists are neither.
+    """
+    seeds = {row["seed"] for row in rows}
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "seed"]
+    names = []
+    numbers = []
+    for key in keys:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if not all(isinstance(value, str | int | float) for value in values):
+            continue
+        of_seeds = [{row[key] for row in rows if row["seed"] == seed and key in row}
+                    for seed in seeds]
+        same = all(values_of_seed == of_seeds[0] for values_of_seed in of_seeds)
+        fractions = any(isinstance(value, float) for value in values)
+        if same and len(of_seeds[0]) > 1 and not fractions:
+            names.append(key)
+        elif not any(isinstance(value, str) for value in values):
+            numbers.append(key)
+    return names, numbers
+
+
+def seed_means(rows, keys):
+    """Average the rows of each seed: return one row per seed with these keys."""
+    means = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        row_of_seed = {}
+        for key in keys:
+            values = [row[key] for row in rows
+                      if row["seed"] == seed and row.get(key) is not None]
+            row_of_seed[key] = statistics.mean(values) if values else None
+        means.append(row_of_seed)
+    return means
+
+
+def lab_table(rows):
+    """Return the means and ranges over the seeds of any experiment whose rows are flat."""
+    names, numbers = split_keys(rows)
+    whole = [key for key in numbers
+             if all(isinstance(row[key], int) for row in rows if row.get(key) is not None)]
+    columns = [Column(key.replace("_", " "), key, "{:,.0f}" if key in whole else "{:.2f}")
+               for key in numbers]
+    lines = []
+    for label in dict.fromkeys(tuple(row.get(key) for key in names) for row in rows):
+        chosen = [row for row in rows if tuple(row.get(key) for key in names) == label]
+        means = seed_means(chosen, numbers)
+        lines.append([*map(str, label), *[column.cell(means) for column in columns]])
+    return markdown([*names, *[column.head for column in columns]], lines)
+
+
+def tables_f():
+    """Return the tables of the short experiments, one under the other."""
+    made = []
+    for name in ("tool_use", *LABS):
+        rows = lab_rows(name)
+        if rows:
+            made.append(f"`lab/{name}.py`:\n\n{lab_table(rows)}")
+    return "\n\n".join(made)
 
 
 def table_h_peers():
@@ -248,55 +457,62 @@ def table_h_optimizers():
     return markdown(["optimizer", *[f"seed {row['seed']}" for row in rows[:3]]], lines)
 
 
+def table_commits():
+    """Return which files were made where: one line for each commit and machine."""
+    files = {}
+    for first in read_headers().values():
+        machine = first["machine"]
+        commit = first["commit"] or "unknown"
+        if first["dirty"]:
+            commit += ", with changes"
+        cell = (commit, f"{machine['cpu']}, {machine['cores']} cores",
+                f"torch {machine['torch']}, Python {machine['python']}")
+        files.setdefault(cell, []).append(first["seed"])
+    lines = [[*cell, str(len(seeds)), ", ".join(map(str, sorted(set(seeds))))]
+             for cell, seeds in files.items()]
+    return markdown(["commit", "processor", "versions", "files", "seeds"], lines)
+
+
 def tables():
-    """Return {name: table} of README.md."""
+    """Return {name: table} of results/README.md."""
     return {
         "A": table_a(),
         "B": table_b(),
+        "B, losses": table_b_losses(),
+        "B, sizes": table_b_sizes(),
+        "C": table_c(),
         "D, made": table_d_made(),
         "D, worth": table_d_worth(),
         "E": table_e(),
+        "F": tables_f(),
         "H, peers": table_h_peers(),
         "H, chain": table_h_chain(),
         "H, optimizers": table_h_optimizers(),
+        "commits": table_commits(),
     }
 
 
-def write_tables(made):
-    """Put tables {name: table} between their marks in README.md."""
-    text = README.read_text(encoding="utf-8")
+def write_tables(path, made):
+    """Put tables {name: table} between their marks in a README."""
+    text = path.read_text(encoding="utf-8")
     for name, table in made.items():
         before, mark, after = text.partition(begin(name))
         _, end, rest = after.partition(END)
         if not mark or not end:
-            raise SystemExit(f"{README}: no {begin(name)} ... {END}")
+            raise SystemExit(f"{path}: no {begin(name)} ... {END}")
         text = f"{before}{mark}\n\n{table}\n\n{end}{rest}"
-    README.write_text(text, encoding="utf-8")
-
-
-def smooth(values, n=9):
-    """Return the means of n neighbours, fewer at the ends."""
-    half = n // 2
-    return [statistics.mean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
-
-
-PANELS = {
-    "objective/scores": "reward model's score (what PPO sees)",
-    "objective/gold": "gold grade of the same responses (the truth)",
-    "objective/kl": "KL to sft, nats per response",
-}
+    path.write_text(text, encoding="utf-8")
 
 
 def figure(plt):
     """Draw figure (C): score, gold and KL of the PPO runs with and without the KL penalty."""
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    for stage, label, colour in (("ppo-long", "default beta 0.1", "tab:blue"),
-                                 ("ppo-beta-0", "beta 0", "tab:red")):
+    for (stage, beta), colour in zip(LONG_RUNS.items(), ("tab:blue", "tab:red")):
         for rows in load(stage).values():
             updates = [row["update"] for row in rows]
             for ax, key in zip(axes, PANELS):
                 values = smooth([row[key] for row in rows])
-                ax.plot(updates, values, color=colour, alpha=0.8, lw=1.3, label=label)
+                ax.plot(updates, values, color=colour, alpha=0.8, lw=1.3, label=f"beta {beta}")
     for ax, title in zip(axes, PANELS.values()):
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("PPO update")
@@ -310,7 +526,8 @@ def figure(plt):
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     made = tables()
-    write_tables(made)
+    write_tables(README, made)
+    write_tables(FRONT, {"results": front_results()})
     for name, table in made.items():
         print(f"({name})\n\n{table}\n")
     try:

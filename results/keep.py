@@ -1,14 +1,55 @@
-"""Copy the published part of a metrics file: the reports and not the training steps.
+"""Publish a metrics file: one line that says where it comes from, then the reports.
 
-    python results/keep.py out/seed0/gpt.jsonl results/gpt-seed0.jsonl
-    python results/keep.py out/seed0/ppo-no-ptx.jsonl results/ppo-no-ptx-seed0.jsonl --every 5
+    {"commit": "36c0f7d", "dirty": false, "seed": 100, "settings": "python ppo.py --seed 100 ...",
+     "machine": {"cpu": "AMD EPYC", "cores": 2, "torch": "2.9.0", "python": "3.11.2"}}
 
-The tables, the figure and the text of README.md read nothing else. Lines are copied as they are, so
-a second pass changes nothing.
+Training steps are left out; the tables, the figure and the text of README.md do not read them.
 """
-import argparse
 import json
+import os
+import platform
+import re
+import subprocess
 from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ("commit", "dirty", "seed", "settings", "machine")
+
+
+def git(*arguments):
+    """Run git in this repository -> CompletedProcess."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def machine():
+    """Return the processor, its cores and the versions that matter; no names, no paths."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+        cpu = model[1] if model else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def header(seed, settings):
+    """Return the first line of a published file, as a dict.
+
+    settings: the command that makes the file. commit is None outside a git repository. dirty: some
+    tracked file differs from the commit; the files that are written here do not count.
+    """
+    commit = git("rev-parse", "--short", "HEAD")
+    written = [":!results/*.jsonl", ":!results/*.png", ":!results/README.md", ":!README.md"]
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return {"commit": commit.stdout.strip() or None, "dirty": bool(changes.stdout.strip()),
+            "seed": seed, "settings": settings, "machine": machine()}
+
+
+def is_header(row):
+    """Return whether a row is the first line of a published file."""
+    return "machine" in row
 
 
 def is_report(row):
@@ -29,16 +70,8 @@ def keep(lines, every=1):
     return kept
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--every", type=int, default=1, help="thin out PPO's updates [1]")
-    args = parser.parse_args()
-    lines = args.source.read_text(encoding="utf-8").splitlines(keepends=True)
-    args.target.write_text("".join(keep(lines, args.every)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def publish(source, target, first, every=1):
+    """Write `first` (a header) and the published lines of a metrics file to `target`."""
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    text = "".join([json.dumps(first) + "\n", *keep(lines, every)])
+    target.write_text(text, encoding="utf-8")
