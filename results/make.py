@@ -244,7 +244,7 @@ class Maker:
     def begin(self, step):
         """Start the command of a step -> Running."""
         words = [sys.executable, *shlex.split(step.settings)[1:]]
-        states = list((self.out / step.folder).rglob("*.state*"))   # an earlier start was stopped
+        states = sorted((self.out / step.folder).rglob("*.state*"))   # an earlier start was stopped
         if states and step.script in RESUMABLE:
             words.append("--resume")
         else:
