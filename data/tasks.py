@@ -120,7 +120,7 @@ ASK |= {
     ("rewrite", "past"): ["Put the line in the past tense.", "Make it happen yesterday.",
                           "Say it about yesterday.", "Now put it in the past."],
     ("rewrite", "plural"): ["Change one to two.", "Say it with two, not one.",
-                            "Make it two instead of one.", "Now there are two, so say that."],
+                            "Make it two instead of one.", "Now say it with two."],
     ("classify", "tone"): ["Is the feeling good or bad?", "Does it feel good or bad?",
                            "Tell me if this is a good or a bad feeling.",
                            "Good or bad, which feeling is it?"],

@@ -266,13 +266,15 @@ class Brainstorm(Kind):
     use = "brainstorm"
     ASK = dict(
         animal=["Name {number} animals.", "I need {number} animals for a game.",
-                "Can you think of {number} animals?", "Give me {number} animals, please."],
+                "Can you think of {number} animals?",
+                "Which animals do you know? Tell me {number}."],
         thing=["Name {number} nice gifts.", "Give me {number} ideas for a gift.",
-               "Can you think of {number} gifts?", "Give me {number} gifts, please."],
+               "Can you think of {number} gifts?", "Which gifts do you like? Tell me {number}."],
         food=["Name {number} foods.", "I am hungry. Give me {number} ideas.",
-              "Can you think of {number} foods?", "Give me {number} foods, please."],
+              "Can you think of {number} foods?", "Which foods do you like? Tell me {number}."],
         place=["Name {number} places to see.", "Where can we meet? Give me {number} ideas.",
-               "Can you think of {number} places?", "Give me {number} places, please."])
+               "Can you think of {number} places?",
+               "Which places do you like? Tell me {number}."])
 
     def make(self, pick, rng):
         return {"topic": rng.choice(list(self.ASK)), "number": pick("number")}
@@ -506,10 +508,12 @@ class Other(Reply):
     use = "other"
     FORMS = dict(
         hanzi=Form(["How do you say {english} in Chinese?", "What is {english} in Chinese?",
-                    "What is the Chinese word for {english}?", "Tell me {english} in Chinese."],
+                    "What is the Chinese word for {english}?",
+                    "What is the word for {english} in Chinese?"],
                    "In Chinese it is {hanzi}.", "{hanzi}.", 0.5),
         english=Form(["What does {hanzi} mean?", "What is {hanzi} in English?",
-                      "What is the English word for {hanzi}?", "Tell me {hanzi} in English."],
+                      "What is the English word for {hanzi}?",
+                      "What is the word for {hanzi} in English?"],
                      "It means {english}.", "{english}.", 0.5),
         digit=Form(["What is {x} plus {y}?", "Add {x} and {y}.", "What do {x} and {y} make?",
                     "What is the sum of {x} and {y}?"],

@@ -50,7 +50,7 @@ def test_the_last_phrasing_of_a_task_is_in_prompts_rephrased_alone(folder):
 def test_the_last_phrasing_has_no_word_that_pretraining_has_not(folder):
     """It tests whether the model reads a new sentence, not whether it knows a new word."""
     def words(text):
-        return set(re.findall(r"\w+", text))
+        return set(re.findall(r"\w+", text.lower()))
 
     known = set.union(*(words(path.read_text()) for path in (folder / "pretrain").glob("*.txt")))
     for record in records(folder, "prompts_rephrased"):

@@ -461,7 +461,7 @@ def test_the_selected_epoch_is_saved(tmp_path, init, select, capsys):
     """Validation has other responses than training: its loss first falls, with form, then rises."""
     record = {"messages": chat("What does the cow say?", "meow.")}
     val = write_jsonl(tmp_path / "val.jsonl", record)
-    settings = dict(select=select, lr=1e-2, epochs=12, val=str(val), dropout=0.0)
+    settings = dict(select=select, lr=1e-2, epochs=16, val=str(val), dropout=0.0)
     rows, _ = train(tmp_path, init, "a", **settings)
     losses = [r["val_loss"] for r in rows if "val_loss" in r]
     assert losses[0] > min(losses), "this test needs another learning rate"

@@ -781,7 +781,7 @@ def held_out():
 
 
 def test_the_pattern_of_held_out_wordings_finds_them(held_out):
-    assert held_out.match("Give me two gifts, please.")
+    assert held_out.match("Which gifts do you like? Tell me two.")
     assert held_out.match("Tell buyers about my pie. Say what it costs.")
     assert not held_out.match("Name two animals.")
 
