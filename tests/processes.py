@@ -13,6 +13,7 @@ tests/test_processes.py reads it.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -42,6 +43,7 @@ from scaffold.run import Run, load_checkpoint  # noqa: E402
 from tiny import ENC, chat, save_reward, write_jsonl, write_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
+torch.optim.AdamW([torch.zeros(1)])  # imports half of torch, once for all forks
 SHARED = ("gpt", "sft", "reward", "dpo", "ppo")  # the scripts that several processes can share
 WORDS = "the miller has a dog and it sleeps by his mill while bread grows brown".split()
 
@@ -376,10 +378,9 @@ def other_version(path):
         weights = state.get("model", state)
         name = next(k for k in weights if k.endswith("wpe.weight"))
         weights[name] = -weights[name]
-        copy = path.with_name("copy")
-        torch.save(state, copy)
-        other = copy.read_bytes()
-        copy.unlink()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        other = buffer.getvalue()
     elif path.name in ("tokenizer.json", "embedded.json"):
         content = json.loads(raw)
         content["ranks"][300:302] = reversed(content["ranks"][300:302])
