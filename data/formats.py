@@ -334,7 +334,9 @@ def prompt_key(record):
     """
     if "instruction" in record and "output" in record:
         return f"{record['instruction']}\n{record.get('input') or ''}"
-    messages = record.get("prompt") or prompt_of(record.get("messages", []))
+    messages = record.get("prompt")
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
+        messages = prompt_of(record.get("messages", []))
     return "\n".join(m["content"] for m in messages)
 
 

@@ -43,6 +43,7 @@ from scaffold.run import Run, load_checkpoint  # noqa: E402
 from tiny import ENC, chat, save_reward, write_jsonl, write_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
+torch.optim.AdamW([torch.zeros(1)])  # imports half of torch, once for all forks
 SHARED = ("gpt", "sft", "reward", "dpo", "ppo")  # the scripts that several processes can share
 WORDS = "the miller has a dog and it sleeps by his mill while bread grows brown".split()
 

@@ -323,6 +323,13 @@ REPEATED = {  # kind -> (reader, records in which each of 40 prompts stands thre
             for i, q in enumerate(questions())
         ],
     ),
+    "chats with a prompt of another kind": (
+        load_chats,
+        [
+            {"messages": chat(q, f"a{i}"), "prompt": f"template {i}"}
+            for i, q in enumerate(questions())
+        ],
+    ),
     "prompts": (load_prompts, [{"prompt": q} for q in questions()]),
     "prompts of Alpaca": (load_prompts, [{"instruction": q, "output": "a"} for q in questions()]),
     "prompts of pairs": (

@@ -613,7 +613,7 @@ def test_any_folder_of_weights_loads_or_is_refused(tmp_path):
             assert model(THREE_TOKENS).shape == (1, 3, model.config.vocab_size)
             n_loaded += 1
         shutil.rmtree(folder)
-    assert n_loaded > N_CASES["folder"] / 20
+    assert n_loaded > N_CASES["folder"] / 40  # most changes of config.json make another model
     assert n_loaded < N_CASES["folder"]
     folder.mkdir()
     for raw_config in (b"", b"[" * 100_000, b"[]", b"null", rng.randbytes(100)):
