@@ -24,9 +24,8 @@ A verdict gives its reasons before the score, so the model adds up what it has a
     python self_reward.py --fresh-eft 400       people judge some responses of every round, too
     python self_reward.py --data chats.jsonl --eft judged.jsonl --prompts prompts.jsonl
 
-Five minutes on two CPU cores. Makes OUT/gpt.pt, OUT/long/gpt.pt (two minutes) and the rankings of
-reward.py first if they are missing. Read dpo.py first. Elsewhere: data/verdicts.py has the judge's
-prompt and the seed data, lab/judge_quality.py the measures of the table.
+Five minutes on two CPU cores. Makes OUT/gpt.pt, OUT/long/gpt.pt and the rankings of reward.py first
+if they are missing. Read dpo.py first. data/verdicts.py has the judge's prompt and the seed data.
 """
 import math
 import random
@@ -121,8 +120,7 @@ def make_pairs(responses, scores, margin):
 def tokenize(enc, prompt, response, room=None):
     """Tokenize a chat and its next response -> sft.Example with mask 1 on that response alone.
 
-    Cuts the response to `room` tokens: it can have more of them than were sampled, because half a
-    character becomes a replacement character, which is three tokens or more.
+    Cuts the response to `room` tokens: half a character is sampled as one token and read as three.
     """
     response_ids = enc.encode_ordinary(response) + [end_of(enc)]
     return sft.response_example(sft.render_prompt(prompt, enc), response_ids[:room])
@@ -429,13 +427,11 @@ def main(cfg):
             print(f"fewer than {cfg.batch_pairs} pairs, and the run ends here: {cause}")
             ended.touch()
             break
-        examples = [tokenize(enc, prompts[p.prompt]["prompt"], responses[p.prompt][k],
-                             cfg.max_new_tokens + 1)
-                    for p in pairs for k in (p.chosen, p.rejected)]
-        if cfg.fresh_eft:
-            fresh += verdicts.fresh(prompts, responses, cfg.fresh_eft, cfg.noise, cfg.halo, seed)
+        examples = [tokenize(enc, prompts[i]["prompt"], responses[i][k], cfg.max_new_tokens + 1)
+                    for i, chosen, rejected in pairs for k in (chosen, rejected)]
+        fresh += verdicts.fresh(prompts, responses, cfg.fresh_eft, cfg.noise, cfg.halo, seed)
         new = eft_examples(fresh, enc, block_size, rng)
-        # A round reads only some hundred examples of the replay: half of these are fresh.
+        # A round reads only some hundred examples of the replay: half of these are fresh ones.
         new = new * math.ceil(len(ift + eft) / max(1, len(new)))
         improve(policy, examples, ift + eft + new, cfg, rng, partial(run.log, round=t))
         gpt.save_model(folder / f"{prefix}M{t + 1}.pt", policy, enc, base["tokenizer"])

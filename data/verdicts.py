@@ -100,6 +100,8 @@ def fresh(prompts, responses, n, noise, halo, seed):
     prompts: records with a "task"; responses: a row of strings for each prompt. Equal responses to
     a prompt are judged once. Responses to a prompt that means nothing are not judged.
     """
+    if n == 0:   # then the prompts need no tasks
+        return []
     rng = random.Random(seed)
     different = {}
     for p, row in zip(prompts, responses):

@@ -21,7 +21,7 @@ writes instructions, so these are equal in all three runs.
     python lab/toxic_seeds.py                three seeds
     python lab/toxic_seeds.py --seeds 1      a first look
 
-Six minutes on one CPU core. Needs OUT/long/gpt.pt and makes it first if it is missing, as
+Five minutes on one CPU core. Needs OUT/long/gpt.pt and makes it first if it is missing, as
 self_instruct.py does. Read next: ../self_reward.py.
 """
 import random

@@ -325,10 +325,10 @@ def test_a_round_equals_a_loop_written_out_by_hand():
         nll = -(logp / n_tokens).mean()
         loss = loss + cfg.nll * nll - cfg.replay * torch.cat(replayed).mean()
         take_step(loss, optimizer, by_hand, lr_at(step, 2, cfg.lr))
-    for (name, a), b in zip(model.named_parameters(), by_hand.parameters()):
-        if name.endswith("c_attn.bias"):
-            # The keys' bias cancels in the softmax: its gradient is rounding, which Adam blows up.
-            a, b = (x.view(3, -1)[[0, 2]] for x in (a, b))
+    for trained in (model, by_hand):
+        # The gradient of the keys' bias is 0, and Adam makes a step of its rounding error.
+        trained.h[0].attn.c_attn.bias.data.view(3, -1)[1] = 0
+    for a, b in zip(model.parameters(), by_hand.parameters()):
         # A step is 1e-2 long, and Adam divides by small gradients.
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
