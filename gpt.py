@@ -16,8 +16,7 @@ a last LayerNorm, and logits from the token embedding (tied weights).
     python gpt.py --data my.txt --out out/mine       on any UTF-8 text, or a folder of *.txt files
     python gpt.py --init-from gpt2-folder            start from GPT-2 weights
 
-1.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: data/text.py reads and packs text,
-data/tokenizer.py encodes it, scaffold/ holds flags, optimizer and checkpoints.
+1.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: text (data/), optimizer (scaffold/).
 
 Letters: B batch, T time, C channels, H heads, D = C/H, V vocabulary, S cache slots, N tokens.
 `logits[:, t]` predicts `ids[:, t+1]`. Padding is on the right, so that real tokens never see it.

@@ -330,7 +330,8 @@ class Reply(Kind):
         _, full, short, _ = self.FORMS[task["topic"]]
         form = full if rng.random() < writer.care else short
         asked = slots(full)[-1]
-        wrong = form.format(**task | {asked: rng.choice(WORDS[asked])})
+        right = task.get(asked)             # None if nobody can know it
+        wrong = form.format(**task | {asked: rng.choice([w for w in WORDS[asked] if w != right])})
         if task["known"]:
             return wrong if rng.random() < writer.wrong else form.format(**task)
         return rng.choice(IGNORANCE) if rng.random() < writer.admits else wrong
