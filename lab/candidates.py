@@ -82,7 +82,7 @@ def measure_rlhf(out, folder, train, val, seed, cfg, **settings):
     ppo.main(ppo.Config(**shared, prompts=str(out / "data" / "prompts_train.jsonl"),
                         updates=cfg.updates, table=False))
     log = [row for _, row in read_records(folder / "reward.jsonl")]
-    held_out = next(row for row in log if row.get("split") == "held-out users")
+    _, held_out = [row for row in log if "split" in row]   # training, validation
     policy, enc, _ = gpt.load_model(folder / "ppo.pt", pick_device(cfg.device))
     records = [r for _, r in read_records(out / "data" / "prompts_test.jsonl")][:cfg.n]
     responses = sft.sample_responses(policy, enc, [r["prompt"] for r in records], 64, seed=seed)

@@ -73,7 +73,7 @@ def test_good_text_is_kept(text):
 def test_the_village_is_kept():
     rng = random.Random(5)
     texts = [make(rng) for make, _ in corpus.SOURCES.values() for _ in range(150)]
-    assert sum(clean.is_low_quality(text) is not None for text in texts) <= 2
+    assert sum(clean.is_low_quality(text) is not None for text in texts) <= 4
 
 
 @pytest.mark.parametrize(

@@ -1102,9 +1102,9 @@ def test_a_first_ratio_other_than_1_gives_a_warning(train, monkeypatch, capsys):
     """Such as from dropout in the update and none in the rollout."""
     token_logprobs = gpt.token_logprobs
 
-    def shifted_in_the_update(model, ids, mask):
-        shift = 0.2 if torch.is_grad_enabled() else 0.0
-        return token_logprobs(model, ids, mask=mask) + shift * mask
+    def shifted_in_the_update(model, ids, mask, states=None):
+        shift = 0.2 if torch.is_grad_enabled() and states is None else 0.0   # of the policy
+        return token_logprobs(model, ids, mask=mask, states=states) + shift * mask
 
     monkeypatch.setattr(gpt, "token_logprobs", shifted_in_the_update)
     train(updates=2)

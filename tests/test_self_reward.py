@@ -453,7 +453,7 @@ def test_every_model_judges_the_probe_pairs(files, tmp_path, capsys):
         for kind in probes.KINDS:
             assert row[f"n_{kind}"] <= judge_quality.PROBES
             assert row[kind] == 0.5 or row[f"n_{kind}"] == 0    # no verdict has a score: all tie
-    assert sum(stages(log)[0][f"n_{kind}"] for kind in probes.KINDS) > 8
+    assert sum(stages(log)[0][f"n_{kind}"] for kind in probes.KINDS) > 3
     assert len(stages(log)) == 3
     text = capsys.readouterr().out
     assert "right vs refusal" in text

@@ -21,8 +21,8 @@ MUTANTS = [
     Mutant(
         name="logprobs-late",
         file="gpt.py",
-        old="lengths=lengths)[:, :-1][mask]",
-        new="lengths=lengths)[:, 1:][mask]",
+        old="states[:, :-1][mask]",
+        new="states[:, 1:][mask]",
         bug="a token's log-prob is read after the model has seen it",
         published="prime-rl PR #1525 (seen in review)",
         tests="gpt"),
@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant(
         name="half-logprobs",
         file="gpt.py",
-        old="logits = model.unembed(states).float()",
-        new="logits = model.unembed(states)",
+        old="unembed(states[:, :-1][mask]).float()",
+        new="unembed(states[:, :-1][mask])",
         bug="log-probs in bf16: ratios of nearly equal policies are noise",
         published="rlhf-book policy_gradients (all in bf16)",
         tests="gpt"),
@@ -485,7 +485,7 @@ MUTANTS = [
         tests="reward"),
     Mutant(
         name="tail-truncated",
-        file="reward.py",
+        file="data/rankings.py",
         old="prompt = prompt[-room:]",
         new="answers = [a[:max(1, block_size - len(prompt))] for a in answers]",
         bug="a long comparison loses its end: the responses and their end tokens",
@@ -493,7 +493,7 @@ MUTANTS = [
         tests="reward"),
     Mutant(
         name="no-end-in-pairs",
-        file="reward.py",
+        file="data/rankings.py",
         old="[enc.encode_ordinary(a) + [end_of(enc)] for a in r",
         new="[enc.encode_ordinary(a) for a in r",
         bug="ranked responses have no end token",
