@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.formats import as_messages, read_records, write_records
 from data.text import read_text, write_text
-from data.village import (FACTS, IGNORANCE, KINDS, LIFE, NOUNS, SHARES, STRANGER, TEACHER, WORDS,
+from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, STRANGER, TEACHER, WORDS,
                           Brainstorm, OpenQA, demonstration, new_task, picker, slots)
 from scaffold.cli import run_folder, start
 
@@ -85,19 +85,17 @@ def lists(rng):
 
 
 def reading(rng):
-    """A short passage and three questions about it, from which a model learns to look things up."""
+    """A short passage and five questions about it, from which a model learns to look things up."""
     told = rng.sample(list(LIFE), 3)
     words = {slot: rng.choice(WORDS[slot]) for slot in ["person", *told]}
     lines = [" ".join(LIFE[topic].statement for topic in told).format(**words)]
-    for topic in rng.sample(list(LIFE), 3):
-        question = LIFE[topic].question
-        full = LIFE[topic].statement
+    for topic in rng.sample(list(LIFE), 5):
+        question, kind = LIFE[topic].question, KINDS["closedqa"]
         if rng.random() < 0.4:
-            question = f"Which {NOUNS[topic]} is named here?"
-            full = KINDS["extract"].FORMS[topic].full
-        lines.append(question.format(**words))
-        form = rng.choice([full, f"{{{topic}}}."])
-        lines.append(form.format(**words) if topic in told else rng.choice(IGNORANCE))
+            question, kind = f"Which {LIFE[topic].noun} is named here?", KINDS["extract"]
+        _, full, short, _ = kind.FORMS[topic]
+        response = rng.choice([full, short] if topic in told else IGNORANCE)
+        lines += [question.format(**words), response.format(**words)]
     return "\n".join(lines)
 
 
@@ -113,14 +111,9 @@ def school(rng):
     return "Lesson.\n" + plain_text(messages, response)
 
 
-def rare_use(rng):
-    """Draw any use case in half of the cases, so that rare ones appear more often; else None."""
-    return rng.choice(list(SHARES)) if rng.random() < 0.5 else None
-
-
 def forum(rng):
     """A prompt and a stranger's response, more careless and ruder than the demonstrations."""
-    task, messages = new_task(rng, use=rare_use(rng))
+    task, messages = new_task(rng, use=rng.choice(list(SHARES)))
     return plain_text(messages, demonstration(task, rng, STRANGER))
 
 
@@ -159,12 +152,12 @@ def user_picker(favourites, rng):
 def make_prompt(name, pick, rng):
     """Make a prompt of a file -> (task, messages).
 
-    What users ask has InstructGPT's shares of use cases. Those who write or rank responses are also
-    given rare use cases, or there would be too few examples of them.
+    What users ask has InstructGPT's shares of use cases. Those who write or rank responses are
+    given every use case equally often, or there would be too few examples of the rare ones.
     """
     stage, split = name.split("_")
     if split not in ("answerable", "unanswerable"):
-        use = None if stage == "prompts" else rare_use(rng)
+        use = None if stage == "prompts" else rng.choice(list(SHARES))
         return new_task(rng, pick, use, phrasing=3 if split == "rephrased" else None)
     while True:
         use = rng.choice(["open_qa", "closed_qa", "chat", "extract"])

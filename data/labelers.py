@@ -40,7 +40,7 @@ class Habit(NamedTuple):
 def habits(seed):
     """Draw the labelers' habits. The noise makes them agree about as often as InstructGPT's did."""
     rng = random.Random(seed)
-    return [Habit(rng.uniform(0.48, 0.88), rng.gauss(0.01, 0.01)) for _ in range(LABELERS)]
+    return [Habit(rng.uniform(0.52, 0.92), rng.gauss(0.01, 0.01)) for _ in range(LABELERS)]
 
 
 def opinions(task, responses, habit, rng):

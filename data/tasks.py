@@ -32,7 +32,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import corpus, village
 from data.formats import write_records
-from data.village import FACTS, IGNORANCE, KINDS, LIFE, NOUNS, RUDE_LINES, WORDS
+from data.village import FACTS, IGNORANCE, KINDS, LIFE, RUDE_LINES, WORDS
 from data.village import Form, OpenQA, Reply, Story, Wishes, picker, sentences, slots
 from scaffold.cli import start
 
@@ -107,11 +107,11 @@ ASK = {("closedqa", topic): ["Read the text. " + life.question,
                              "Look it up in the text: " + life.question,
                              "What does the text say? " + life.question]
        for topic, life in LIFE.items()}
-ASK |= {("extract", topic): [f"Which {noun} is named in the text?",
-                             f"Find the {noun} in the text.",
-                             f"Pick the {noun} out of the text.",
-                             f"What is the {noun} in the text?"]
-        for topic, noun in NOUNS.items()}
+ASK |= {("extract", topic): [f"Which {life.noun} is named in the text?",
+                             f"Find the {life.noun} in the text.",
+                             f"Pick the {life.noun} out of the text.",
+                             f"What is the {life.noun} in the text?"]
+        for topic, life in LIFE.items()}
 ASK |= {
     ("summary", "story"): ["Sum up the story in one sentence.", "Say in one sentence what happens.",
                            "Make the story shorter, please.", "Tell me the story in one line."],

@@ -56,12 +56,12 @@ def test_a_chosen_response_is_right_honest_and_polite(pairs):
 
 def test_right_and_wrong_differ_in_one_word_of_the_same_slot(pairs):
     forms = Counter()
-    for chosen, rejected, _ in of_kind(pairs, "right_vs_wrong"):
+    for chosen, rejected, task in of_kind(pairs, "right_vs_wrong"):
         words = [pair for pair in zip(chosen.split(), rejected.split()) if pair[0] != pair[1]]
         assert len(chosen.split()) == len(rejected.split())
         [[right, wrong]] = [[word.strip(".") for word in pair] for pair in words]
         assert any({right, wrong} <= set(options) for options in WORDS.values())
-        forms[len(chosen.split()) > 1] += 1
+        forms[grade(task, chosen)["helpful"] == 1] += 1
     assert 0.45 < forms[True] / forms.total() < 0.55, "whole and short forms alternate"
 
 

@@ -260,6 +260,48 @@ def test_a_score_sees_the_tokens_so_far_and_nothing_later(model):
     assert scores.dtype == torch.float32
 
 
+ASSISTANT = SPECIAL["<|assistant|>"]
+
+
+def weighed_logprobs(model, row):
+    """The second term of the score at every token of one row, token by token."""
+    ids = torch.tensor([row])
+    states = model.body.hidden(ids)[0]                                         # (T, C)
+    logprobs = model.body(ids)[0].log_softmax(-1)                              # (T, V)
+    begin = max(i for i, token in enumerate(row) if token == ASSISTANT) + 1
+    sums = [torch.zeros(())] * begin
+    for i in range(begin, len(row)):
+        sums.append(sums[-1] + states[i] @ model.weight.weight[0] * logprobs[i - 1, row[i]])
+    return torch.stack(sums)                                                   # (T,)
+
+
+def test_the_log_probs_of_the_response_and_no_others_are_added(model):
+    """Neither those of the prompt, nor of an earlier response; each with the weight after it."""
+    rows = [[5, 6, ASSISTANT, 7, 8, END], [5, ASSISTANT, 9, END, 6, ASSISTANT, 7, 7, END],
+            [*[4] * 20, ASSISTANT, 3, END], [5, ASSISTANT, END]]
+    full = reward.RewardModel(model.body, ASSISTANT).eval()
+    full.head = model.head
+    torch.nn.init.normal_(full.weight.weight)
+    ids = pad([torch.tensor(row) for row in rows], SPECIAL["<|pad|>"])         # (B, T)
+    scores = full(ids, torch.tensor([len(row) for row in rows]))               # (B, T)
+    plain = model(ids)                                                         # (B, T)
+    for i, row in enumerate(rows):
+        want = plain[i, :len(row)] + weighed_logprobs(full, row)
+        torch.testing.assert_close(scores[i, :len(row)], want)
+
+
+def test_without_logprobs_a_score_is_the_head_alone(train):
+    _, out = train(epochs=1, logprobs=False)
+    model, _ = reward.load_reward(out / "reward.pt")
+    assert (model.weight.weight == 0).all()
+    ids = torch.tensor([ids_of([user("Hi")], "good cow")])                     # (1, T)
+    raw = model.head(model.body.hidden(ids))[..., 0]                           # (1, T)
+    torch.testing.assert_close(model(ids), (raw - model.mean) / model.std)
+    _, out = train(epochs=1)
+    model, _ = reward.load_reward(out / "reward.pt")
+    assert (model.weight.weight != 0).all()
+
+
 def test_head_starts_with_std_1_over_root_of_c_plus_1():
     """Stiennon et al., B.1. Without the root, as in some code, scores start at almost 0."""
     body = SimpleNamespace(config=SimpleNamespace(n_embd=9_999))

@@ -218,7 +218,7 @@ def responses(kind):
 
 
 ASKED = [form for kind in KINDS.values() for forms in phrasings(kind) for form in forms]
-LIVES = [line for life in village.LIFE.values() for line in life]
+LIVES = [line for life in village.LIFE.values() for line in (life.statement, life.question)]
 WISHES = [wish for kind in KINDS.values() for wish in wishes(kind)]
 RESPONSES = [response for kind in KINDS.values() for response in responses(kind)]
 TEMPLATES = ASKED + LIVES + WISHES + RESPONSES + corpus.TALE + list(corpus.HEADS.values())
