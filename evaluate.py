@@ -1,9 +1,9 @@
 """The results table: every checkpoint of a run answers the same held-out prompts and is graded.
 
-Rows: base (the pretrained model, prompted with plain text), sft at temperature 1 and greedy, the
-best of n sft samples by the reward model, and every other policy in OUT at temperature 1.
+Rows: base (the pretrained model, prompted with plain text), sft and every other policy in OUT, at
+temperature 1 and greedy, and the best of n sft samples by the reward model.
 
-    gold         helpful (0..1) - 1 if something is made up - 1 if rude, mean over the prompts
+    gold         the mean grade, -2 to 1: helpful (0..1), less for what is wrong, made up or rude
     new words    the same over prompts whose wording stands nowhere in the training data
     win rate     share of prompts where the response beats a sample of sft by gold; ties count half
     refused      share of the prompts with one right answer that get "I do not know."
@@ -143,12 +143,11 @@ def evaluate(cfg):
         kl = response_logprobs(model, enc, chats[:n], responses[:n])
         kl = kl - response_logprobs(reference, enc, chats[:n], responses[:n])
         add(stage, state, lm_loss, responses, kl.mean().item())
-        if stage != "sft":
-            continue
         greedy = sft.sample_responses(model, enc, chats, cfg.max_new_tokens, temperature=0)
-        kl = -response_logprobs(reference, enc, chats[:n], greedy[:n]).mean().item()
-        add("sft-greedy", state, lm_loss, greedy, kl)
-        if reward_model and cfg.best_of:
+        # A greedy policy is certain of its response: its own log-prob is 0.
+        kl = -response_logprobs(reference, enc, chats[:n], greedy[:n])
+        add(f"{stage}-greedy", state, lm_loss, greedy, kl.mean().item())
+        if stage == "sft" and reward_model and cfg.best_of:
             best = best_of_n(model, reward_model, enc, chats, cfg)
             bound = math.log(cfg.best_of) - (cfg.best_of - 1) / cfg.best_of
             add(f"best-of-{cfg.best_of}", state, lm_loss, best, bound)

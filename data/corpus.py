@@ -103,9 +103,10 @@ def school(rng):
     """A page of a textbook: a short task with a correct response, which may be the short form."""
     use = rng.choice([use for use in SHARES if use not in ("generation", "brainstorm")])
     task, messages = new_task(rng, use=use)
-    _, full, short, _ = KINDS[task["kind"]].FORMS[task["topic"]]
+    _, full, short, worth = KINDS[task["kind"]].FORMS[task["topic"]]
     if task["known"]:
-        response = rng.choice([full, full, short]).format(**task)
+        # A lazy rewriting, worth 0.2, only repeats the prompt.
+        response = rng.choice([full, full, short if worth > 0.2 else full]).format(**task)
     else:
         response = rng.choice(IGNORANCE)
     return "Lesson.\n" + plain_text(messages, response)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from results.keep import is_header
-from results.make import CONTROLS, FIRST, LABS, SIZES
+from results.make import CONTROLS, FIRST, LABS, LONG_SEEDS, REWARDS, SIZES
 
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
@@ -96,7 +96,8 @@ def markdown(heads, lines):
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
-FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "ppo")
+FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "dpo-greedy", "ppo",
+                "ppo-greedy")
 FRONT_COLUMNS = [
     Mean("gold", "gold"),
     Mean("win rate vs sft", "win_rate_vs_sft", "{:.0%}"),
@@ -185,9 +186,9 @@ def table_b():
     return accuracies + "\n\n" + markdown(["probe pairs", "better preferred", "number"], lines)
 
 
-COLUMNS_SIZES = [
-    Column("LM loss of base", "lm_loss"),
-    Column("accuracy", "accuracy"),
+COLUMNS_REWARD = [
+    Column("accuracy", "accuracy", "{:.3f}"),
+    Column("accuracy against gold", "accuracy_against_gold", "{:.3f}"),
     Column("right against wrong", "right_vs_wrong"),
     Column("right against refusal", "right_vs_refusal"),
     Column("refusal against invention", "refusal_vs_invention"),
@@ -197,32 +198,33 @@ COLUMNS_SIZES = [
 ]
 
 
-def table_b_sizes():
-    """Return what the reward model knows at three sizes, one run each."""
-    smaller, larger = [(size.replace("x", " x "), f"-size-{size}") for size in SIZES]
+def table_of_rewards(head, columns, seed, names):
+    """Return what reward models of one seed know. names: {name: what its files add to theirs}."""
     lines = []
-    for name, end in (smaller, ("the default", ""), larger):
-        graded = {FIRST: load(f"eval{end}").get(FIRST, [])}
-        trained = {FIRST: load(f"reward{end}").get(FIRST, [])}
+    for name, end in names.items():
+        graded = {seed: load(f"eval{end}").get(seed, [])}
+        trained = {seed: load(f"reward{end}").get(seed, [])}
         row = {}
         for part in (select(graded, "stage", "base"), select(graded, "stage", "reward"),
                      select(trained, "split", "held-out users")):
             row |= part[0] if part else {}
-        lines.append([name, *[column.cell([row]) for column in COLUMNS_SIZES]])
-    return markdown(["layers x width", *[column.head for column in COLUMNS_SIZES]], lines)
+        lines.append([name, *[column.cell([row]) for column in columns]])
+    return markdown([head, *[column.head for column in columns]], lines)
 
 
-def table_b_losses():
-    """Return the accuracies of the reward model's three losses on the same run."""
-    lines = []
-    for loss in ("ranking", "regression", "token-margin"):
-        runs = load("reward" if loss == "ranking" else f"reward-{loss}")
-        runs = {seed: runs[seed] for seed in load("reward-regression")}
-        rows = select(runs, "split", "held-out users")
-        cells = [spread([row[key] for row in rows], "{:.3f}")
-                 for key in ("accuracy", "accuracy_against_gold")]
-        lines.append([f"`--loss {loss}`", *cells])
-    return markdown(["loss", "accuracy", "accuracy against gold"], lines)
+def table_b_sizes():
+    """Return what the reward model knows at three sizes, one run each."""
+    smaller, larger = SIZES
+    names = {smaller.replace("x", " x "): f"-size-{smaller}", "the default": "",
+             larger.replace("x", " x "): f"-size-{larger}"}
+    columns = [Column("LM loss of base", "lm_loss"), *COLUMNS_REWARD]
+    return table_of_rewards("layers x width", columns, FIRST, names)
+
+
+def table_b_others():
+    """Return what other reward models of the same run know."""
+    names = {"the default": ""} | {f"`{flags}`": f"-{name}" for name, flags in REWARDS.items()}
+    return table_of_rewards("", COLUMNS_REWARD, LONG_SEEDS[1], names)
 
 
 def smooth(values, n=9):
@@ -478,7 +480,7 @@ def tables():
     return {
         "A": table_a(),
         "B": table_b(),
-        "B, losses": table_b_losses(),
+        "B, others": table_b_others(),
         "B, sizes": table_b_sizes(),
         "C": table_c(),
         "D, made": table_d_made(),

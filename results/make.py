@@ -45,6 +45,8 @@ CONTROLS = {"update-sft": "--update sft", "pairs-gold": "--pairs gold",
 LABS = ("cot", "icl", "templates", "forgetting", "attention", "rouge", "grpo", "refresh",
         "candidates", "reward_size", "toxic_seeds", "structured", "expand_prompts")
 SIZES = {"2x96": "--n-layer 2 --n-embd 96", "4x192": "--n-layer 4 --n-embd 192"}
+REWARDS = {"no-logprobs": "--no-logprobs", "regression": "--loss regression",
+           "token-margin": "--loss token-margin"}
 RESUMABLE = ("gpt.py", "sft.py", "reward.py", "ppo.py", "dpo.py", "self_reward.py")
 
 
@@ -126,14 +128,17 @@ def labs():
 
 
 def other_settings():
-    """Return single runs: sixteen epochs chosen by reward, and two losses of the reward model."""
+    """Return single runs: sixteen epochs chosen by reward, and other reward models."""
     seed = LONG_SEEDS[1]
     run = f"seed{seed}"
     made = [Step("sft.py", "--epochs 16 --select reward", seed, f"{run}-epochs16",
                  {"sft-epochs16": "sft"}, source=run)]
-    for loss in ("token-margin", "regression"):
-        made.append(Step("reward.py", f"--loss {loss}", seed, f"{run}-{loss}",
-                         {f"reward-{loss}-{run}": "reward"}, source=run))
+    for name, flags in REWARDS.items():
+        folder = f"{run}-{name}"
+        graded = f"--best-of 0 --json --save out/{folder}/eval.jsonl"
+        made += [Step("reward.py", flags, seed, folder, {f"reward-{name}-{run}": "reward"},
+                      source=run),
+                 Step("evaluate.py", graded, seed, folder, {f"eval-{name}-{run}": "eval"})]
     return made
 
 

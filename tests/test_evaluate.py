@@ -45,7 +45,8 @@ def folder(tmp_path_factory):
 def test_rows_and_their_order(folder):
     cfg = evaluate.Config(out=str(folder), best_of=2, max_new_tokens=4)
     rows = evaluate.evaluate(cfg)
-    stages = ["base", "sft", "sft-greedy", "best-of-2", "ppo", "same", "variant"]
+    stages = ["base", "sft", "sft-greedy", "best-of-2", "ppo", "ppo-greedy", "same", "same-greedy",
+              "variant", "variant-greedy"]
     assert [r["stage"] for r in rows] == [*stages, "reward"]
     by_stage = {r["stage"]: r for r in rows}
     documented = {
