@@ -137,7 +137,8 @@ def main(cfg):
     for name, factor in WIDTHS.items():
         if name != "double" or cfg.double:
             starts[name] = tuned_model(out, int(factor * sizes.n_embd), sizes, cfg)
-    pairs = probes.probe_pairs(records("prompts_test") + records("prompts_unanswerable"))
+    pairs = probes.probe_pairs(records("prompts_test") + records("prompts_unanswerable")
+                               + records("prompts_answerable"))
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         train = labelers.rank(policy, enc, records("rank_train")[:cfg.prompts], seed)

@@ -61,7 +61,7 @@ def test_the_verdict_does_not_hold_when_it_loses_accuracy_or_gold(accuracy, gold
 
 def test_it_runs_and_logs(tmp_path, capsys):
     out = make_run(tmp_path)
-    cfg = reward_size.Config(out=str(out), double=True, steps=2, updates=4, n=20, seeds=1,
+    cfg = reward_size.Config(out=str(out), double=True, steps=2, updates=4, n=6, seeds=1,
                              device="cpu")
     reward_size.main(cfg)
     rows = read_jsonl(out / "lab-reward_size.jsonl")
