@@ -7,7 +7,7 @@ not suffer.
 
 A request names one to three fields. A field that the text does not mention is null:
 
-    Ann lives near the mill. Ann has a ball. Give the place and the food as JSON.
+    Ann lives near the mill. Ann lost a ball. Give the place and the food as JSON.
     {"place": "mill", "food": null}
 
 The response is parsed by Python's json module, which is stricter than an eye: one missing quotation
