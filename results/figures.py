@@ -96,8 +96,7 @@ def markdown(heads, lines):
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
-FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "dpo-greedy", "ppo",
-                "ppo-greedy")
+FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "ppo", "ppo-greedy")
 FRONT_COLUMNS = [
     Mean("gold", "gold"),
     Mean("win rate vs sft", "win_rate_vs_sft", "{:.0%}"),
