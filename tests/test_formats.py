@@ -8,21 +8,20 @@ import re
 
 import pytest
 
+from data.chats import WITH_INPUT, prompt_of
+from data.comparisons import read_comparison
 from data.formats import (
-    WITH_INPUT,
     load_chats,
     load_comparisons,
     load_grader,
     load_prompts,
     load_seed_tasks,
     load_val,
-    prompt_of,
-    read_comparison,
-    read_records,
     split_by_user,
     split_names,
     write_records,
 )
+from data.records import read_records
 from scaffold.cli import UserError
 from tiny import assistant, chat, user, write_jsonl
 
@@ -49,6 +48,8 @@ FILES = {  # name, content
     "list": ("f.json", json.dumps(RECORDS, ensure_ascii=False, indent=1).encode()),
     "list with BOM": ("f.json", b"\xef\xbb\xbf\n " + LIST.encode()),
     "lines in .json": ("f.json", "\n".join(LINES).encode()),
+    "utf-16": ("f.jsonl", "\n".join(LINES).encode("utf-16")),
+    "utf-32": ("f.jsonl", "\n".join(LINES).encode("utf-32")),
     "gz": ("f.jsonl.gz", gzip.compress("\n".join(LINES).encode())),
     "list in gz": ("f.json.gz", gzip.compress(LIST.encode())),
 }
@@ -80,7 +81,7 @@ BAD_FILES = {  # name, content -> what the error must contain; {} stands for the
     "a list a line": ("f.jsonl", b"[1]\n[2]", ["{}"]),
     "nested without end": ("f.jsonl", GOOD + b"\n" + b"[" * 100_000, ["{}:2:"]),
     "latin-1": ("f.jsonl", GOOD + b"\n" + '{"a": "é"}'.encode("latin-1"), ["{}:2:", "UTF-8"]),
-    "utf-16": ("f.jsonl", GOOD.decode().encode("utf-16"), ["{}:1:", "UTF-8"]),
+    "utf-16 without a mark": ("f.jsonl", GOOD.decode().encode("utf-16-le"), ["{}:1:", "UTF-16LE"]),
     "no gzip": ("f.jsonl.gz", GOOD, ["{}"]),
     "gzip cut off": ("f.jsonl.gz", GZ[:-20], ["{}"]),
     "gzip damaged": ("f.jsonl.gz", GZ[:40] + bytes(99) + GZ[139:], ["{}"]),
@@ -198,9 +199,12 @@ def test_records_without_a_response_are_skipped_and_counted(tmp_path, capsys):
         {"messages": chat("a")},
         {"instruction": "a", "output": None},
         {"messages": chat("a", " ")},
+        *[{"messages": chat("c", "d")}] * 3,
     )
-    assert load_chats(path) == [{"messages": chat("a", "b"), "user": 7, "task": {"x": 1}}]
-    assert f"{path}: 4 of 5 records skipped" in capsys.readouterr().out
+    kept = load_chats(path)
+    assert kept[0] == {"messages": chat("a", "b"), "user": 7, "task": {"x": 1}}
+    assert len(kept) == 4
+    assert f"{path}: 4 of 8 records skipped" in capsys.readouterr().out
     load_chats(write_jsonl(path, {"messages": chat("a", "b")}))
     assert capsys.readouterr().out == ""
 
@@ -411,8 +415,8 @@ COMPARISONS = {  # record -> prompt, responses, ranks
         (HI, ["a", "b"], [1, 2]),
     ),
     "pair, chat": (
-        {"prompt": CHAT, "chosen": "a", "rejected": ""},
-        (CHAT, ["a", ""], [1, 2]),
+        {"prompt": CHAT, "chosen": "a", "rejected": "b\n"},
+        (CHAT, ["a", "b\n"], [1, 2]),
     ),
     "pair of chats": (
         {"chosen": [*CHAT, assistant("a")], "rejected": [*CHAT, assistant("b")]},
@@ -467,9 +471,9 @@ COMPARISONS = {  # record -> prompt, responses, ranks
     "transcripts of several turns": (
         {
             "chosen": transcript("Hi", "Hello.", "Two\n\nparts?", "a"),
-            "rejected": transcript("Hi", "Hello.", "Two\n\nparts?", ""),
+            "rejected": transcript("Hi", "Hello.", "Two\n\nparts?", "b"),
         },
-        ([*HI, assistant("Hello."), user("Two\n\nparts?")], ["a", ""], [1, 2]),
+        ([*HI, assistant("Hello."), user("Two\n\nparts?")], ["a", "b"], [1, 2]),
     ),
 }
 
@@ -539,13 +543,13 @@ def test_unusable_comparisons_are_skipped_and_counted(tmp_path, capsys):
         {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
     ]
     tied = [{**RANKED, "ranks": [3, 3]}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
-    path = write_jsonl(tmp_path / "r.jsonl", *unusable, RANKED, *tied, RANKED)
-    assert len(load_comparisons(path)) == 2
+    path = write_jsonl(tmp_path / "r.jsonl", *unusable, RANKED, *tied, *[RANKED] * 4)
+    assert len(load_comparisons(path)) == 5
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert "r.jsonl: 3 of 7 records skipped" in lines[0]
+    assert "r.jsonl: 3 of 10 records skipped" in lines[0]
     assert "prompt" in lines[0]
-    assert "r.jsonl: 2 of 7 records skipped" in lines[1]
+    assert "r.jsonl: 2 of 10 records skipped" in lines[1]
     assert "tied" in lines[1]
     write_jsonl(path, *unusable, *tied)
     with pytest.raises(UserError, match="r.jsonl: no record"):
@@ -618,9 +622,11 @@ def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
     """Here two transcripts of different prompts, and a response to nothing."""
     pair = {"chosen": transcript("Hi", "a"), "rejected": transcript("Ho", "b")}
     opening = {"messages": [assistant("Hello.")]}
-    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, pair, opening)
-    assert len(load_prompts(path)) == 1
-    assert "p.jsonl: 2 of 3 records skipped" in capsys.readouterr().out
+    path = write_jsonl(tmp_path / "p.jsonl", *[{"prompt": "Hi"}] * 2, pair, opening)
+    assert len(load_prompts(path)) == 2
+    out = capsys.readouterr().out
+    assert "p.jsonl: 1 of 4 records skipped: the two sides do not share a prompt" in out
+    assert "p.jsonl: 1 of 4 records skipped: no prompt before a response" in out
     write_jsonl(path, pair, opening)
     with pytest.raises(UserError, match="p.jsonl: no record has a prompt"):
         load_prompts(path)
