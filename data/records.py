@@ -1,11 +1,9 @@
-"""Files become strings, and strings become records: JSON, JSON lines, CSV and TSV.
+"""Files become records: JSON, JSON lines, CSV and TSV.
 
     read_bytes        the content of a file, decompressed if its name ends in .gz
-    decode            UTF-8, or UTF-16 and UTF-32 that start with a byte order mark
     read_records      [(where, record)], where is 'file:line' for messages
     read_usable       the same for records of one format; counts those that cannot be used
 """
-import codecs
 import csv
 import gzip
 import io
@@ -15,6 +13,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from data.encodings import decode
 from scaffold.cli import UserError, brief
 
 # The first bytes of files that are no text, and what to do with them.
@@ -25,37 +24,6 @@ BINARY = {
                "read_feather(IN).to_json(OUT, orient='records', lines=True)",
     b"\x1f\x8b": "compressed with gzip; let its name end in .gz",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unzip it, or save it as CSV",
-}
-
-# UTF-32 first: its mark starts with that of UTF-16.
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-
-# Encodings as iconv calls them, and the most frequent characters of what is written in them. Read
-# in a wrong encoding, a text shows few of these.
-WESTERN = "éèêàâçùîôäöüßáíóúñãõåæø’“”–"
-CENTRAL = "ąęłóśżźćńěščřžýáíéůúöőüűă’“”–"
-CYRILLIC = "оеаинтсрвл"
-CHINESE = "的一是不了在人有我他这中大来上个国到说们为子和你地出道也时年，。"
-TAIWANESE = "的一是不了在人有我他這中大來上個國到說們為子和你地出道也時年，。"
-JAPANESE = "のにはをたがでてとしれさいるなもかすまアイスンー、。"
-KOREAN = "이다는을의에가고한하지기로사도를은나"
-ENCODINGS = {
-    "CP1252": WESTERN,
-    "GB18030": CHINESE,
-    "CP1251": CYRILLIC,
-    "SHIFT_JIS": JAPANESE,
-    "BIG5": TAIWANESE,
-    "EUC-KR": KOREAN,
-    "EUC-JP": JAPANESE,
-    "KOI8-R": CYRILLIC,
-    "CP1250": CENTRAL,
-    "UTF-16LE": WESTERN + CYRILLIC + CHINESE + TAIWANESE + JAPANESE + KOREAN,
-    "UTF-16BE": WESTERN + CYRILLIC + CHINESE + TAIWANESE + JAPANESE + KOREAN,
 }
 
 # A file of one object is a record if it has one of these keys; else the object may wrap a list.
@@ -76,7 +44,7 @@ def read_bytes(path):
     try:
         raw = path.read_bytes()
         if path.suffix != ".gz":
-            return raw
+            return refuse_binary(raw, path)
         # Text shrinks 3 to 20 times; a file made to fill the memory shrinks 1,000 times.
         most = max(10_000_000, 100 * len(raw))
         content = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(most + 1)
@@ -87,54 +55,21 @@ def read_bytes(path):
     if len(content) > most:
         raise UserError(f"{path}: decompresses to more than 100 times its size, unlike any text; "
                         f"if you trust it: gunzip {path}")
-    return content
+    return refuse_binary(content, path)
+
+
+def refuse_binary(raw, path):
+    """Return the bytes of a text. Raises UserError for well-known files of other kinds."""
+    for magic, advice in BINARY.items():
+        if raw.startswith(magic):
+            raise UserError(f"{path}: {advice}")
+    return raw
 
 
 def kind_of(path):
     """Return the ending of a file name, such as ".jsonl"; a ".gz" behind it does not count."""
     path = Path(path)
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def has_many_nuls(raw):
-    """Return whether a quarter of the bytes is NUL: half of each ASCII character in UTF-16."""
-    return raw.count(0) > len(raw) // 4
-
-
-def likely_encodings(raw):
-    """Return the two encodings in which the bytes look most like a language."""
-    def frequent(encoding):
-        text = raw.decode(encoding, "replace")
-        foreign = [char for char in text if char > "\x7f"]
-        return sum(char in ENCODINGS[encoding] for char in foreign) / max(1, len(foreign))
-
-    if has_many_nuls(raw):
-        order = ["UTF-16BE", "UTF-16LE"]
-        return order if raw.find(0) % 2 == 0 else order[::-1]
-    return sorted(ENCODINGS, key=frequent, reverse=True)[:2]
-
-
-def decode(raw, path):
-    """Turn the bytes of a file into a string. Raises UserError with byte, line and advice."""
-    for magic, advice in BINARY.items():
-        if raw.startswith(magic):
-            raise UserError(f"{path}: {advice}")
-    marked = [encoding for mark, encoding in MARKS.items() if raw.startswith(mark)]
-    encoding = marked[0] if marked else "UTF-8"
-    try:
-        text = raw.decode(encoding if marked else "utf-8-sig")
-        if marked or not has_many_nuls(raw):
-            return text
-        first_bad = raw.find(0)
-    except UnicodeDecodeError as e:
-        first_bad = e.start
-    line = raw[:first_bad].decode(encoding, "ignore").count("\n") + 1
-    advice = "the file is damaged"
-    if not marked:
-        start = max(raw.rfind(b"\n", 0, first_bad) + 1, first_bad - 10_000)
-        a, b = likely_encodings(raw[start:first_bad + 10_000])
-        advice = f"it may be {a} or {b}; convert it: iconv -f {a} -t UTF-8 IN > OUT"
-    raise UserError(f"{path}:{line}: byte {first_bad} is not {encoding}; {advice}")
 
 
 def parse_json(text, where):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data.records import Unusable, decode, kind_of, read_bytes, read_usable
+from data.encodings import decode
+from data.records import Unusable, kind_of, read_bytes, read_usable
 from data.tokenizer import end_of
 from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint
