@@ -13,7 +13,7 @@ merges, in this order:
 three tokens: mis+under+stood.
 
     python data/bpe.py --data book.txt                             # out/tokenizer.json, 1024 tokens
-    python data/bpe.py --data folder_of_txt --vocab-size 4096      # every *.txt below the folder
+    python data/bpe.py --data folder_of_txt --vocab-size 4096      # every *.txt and *.jsonl in it
     python data/bpe.py --data book.txt --out out/small.json --vocab-size 300
 
 Time on one core, 4096 merges: 10 MB of English or code take a few seconds. 10 MB of Chinese take
@@ -51,7 +51,7 @@ BYTES = [bytes([b]) for b in range(256)]
 
 @dataclass
 class Config:
-    data: str = ""                    # a UTF-8 file, or a folder: every *.txt below it is read;
+    data: str = ""                    # a text, or a folder: every *.txt and *.jsonl is read;
                                       # use the text that the model will train on
     out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use:
                                       # checkpoints need the one that they were trained with

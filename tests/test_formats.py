@@ -22,8 +22,10 @@ from data.formats import (
     write_records,
 )
 from data.records import read_records
+from data.text import read_documents
+from data.verdicts import load_judged
 from scaffold.cli import UserError
-from tiny import assistant, chat, user, write_jsonl
+from tiny import ROOT, assistant, chat, user, write_jsonl
 
 # Files
 
@@ -705,3 +707,44 @@ def test_a_wrong_grader_is_reported_under_its_own_flag():
     graded = [{"task": {"kind": "story"}}]
     with pytest.raises(UserError, match="--grade nonsense: write it as module:function"):
         load_grader("nonsense", graded, "--grade")
+
+
+# The table of data/README.md
+
+
+READERS = {
+    "gpt": read_documents,
+    "sft": load_chats,
+    "reward": load_comparisons,
+    "dpo": load_comparisons,
+    "ppo": load_prompts,
+    "self_instruct": load_seed_tasks,
+    "self_reward --eft": load_judged,
+}
+ENDINGS = {"text": "txt", "a table with a header": "csv"}   # the others are .jsonl
+
+
+def documented_formats():
+    """Return {format: (two lines, scripts)} of the table in data/README.md."""
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \| `(.+)` <br> `(.+)` \| (.+) \|$", text, re.M)
+    return {name: ([a.replace("\\|", "|"), b.replace("\\|", "|")], scripts.split(", "))
+            for name, a, b, scripts in rows}
+
+
+@pytest.mark.parametrize("name", documented_formats())
+def test_every_documented_format_is_read_by_the_scripts_it_names(tmp_path, name):
+    lines, scripts = documented_formats()[name]
+    copies = 4 if name == "seed tasks" else 1   # there, 8 are the least
+    path = tmp_path / f"f.{ENDINGS.get(name, 'jsonl')}"
+    path.write_text("\n".join(lines * copies), encoding="utf-8")
+    n = 1 if name in ENDINGS else 2 * copies
+    for script in scripts:
+        assert len(READERS[script](path)) == n
+    for script in {"sft", "reward", "self_instruct"} - set(scripts):
+        with pytest.raises(UserError, match=path.name):
+            READERS[script](path)
+
+
+def test_the_table_shows_all_formats():
+    assert len(documented_formats()) == 16
