@@ -82,7 +82,7 @@ def read_message(m, where):
     if known is None:
         raise UserError(f"{where}: role {brief(repr(role))} is none of system, user, assistant, "
                         f"tool")
-    if known == "tool" or m.get("tool_calls"):
+    if known == "tool" or m.get("tool_calls") or m.get("function_call"):
         raise Unusable(where, "a message calls a tool or comes from one")
     if "content" not in m and "value" not in m:
         raise UserError(f"{where}: no content")
@@ -145,6 +145,12 @@ def as_messages(prompt, where):
     return messages
 
 
+def has_transcript(record):
+    """Return whether a record's prompt is a transcript; then a space opens the response."""
+    prompt = record[find_key(record, PROMPT_KEYS)]
+    return isinstance(prompt, str) and is_transcript(prompt)
+
+
 def prompt_of(messages):
     """Return the chat before its last response; [] if there is no response."""
     responses = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -180,15 +186,15 @@ def read_prompt(record, where, rng=None):
     if isinstance(value, str) and not is_transcript(value):
         given = string_at(record, find_key(record, INPUT_KEYS), where)
         if key != "prompt" or given.strip():
-            rng = rng or random.Random(f"{value}\n{given}")
+            rng = rng or random.Random(f"{value}\n{given}".encode("utf-8", "surrogatepass"))
             value = fill_template(value, given, rng)
     return with_system(as_messages(value, f"{where}: {key}"), record, where)
 
 
 def refuse_label(record, where, advice):
-    """Raise UserError for a record of KTO: a response with a label, good or bad."""
+    """Raise UserError for a record of KTO: a chat or response with a label, true or false."""
     label = str(record.get("label")).lower()
-    if label in ("true", "false") and find_key(record, RESPONSE_KEYS):
+    if label in ("true", "false") and find_key(record, CHAT_KEYS + RESPONSE_KEYS):
         raise UserError(f'{where}: "label" calls a single response good or bad (KTO); {advice}')
 
 
@@ -205,17 +211,19 @@ def read_chat(record, where, rng):
 
     rng draws the templates. Raises Unusable if no message holds a response.
     """
+    refuse_label(record, where, "keep the records whose label is true, without the label")
     response_key = find_key(record, RESPONSE_KEYS)
     if find_key(record, CHAT_KEYS):
         messages = read_turns(record, where)
     elif response_key and find_key(record, PROMPT_KEYS):
-        refuse_label(record, where, "keep the records whose label is true, without the label")
         messages = read_prompt(record, where, rng)
         response = record[response_key]
         if isinstance(response, list):
             messages = messages + read_messages(response, f"{where}: {response_key}")
         else:
             content = string_at(record, response_key, where)
+            if has_transcript(record):
+                content = content.strip()
             messages = [*messages, {"role": "assistant", "content": content}]
     else:
         raise UserError(f'{where}: expected {{"messages": [...]}}, {{"prompt", "completion"}} or '

@@ -6,8 +6,8 @@ for what teaches nothing. data/README.md shows two records of each format.
 from typing import NamedTuple
 
 from data.chats import (
-    PROMPT_KEYS, find_key, is_transcript, parse_transcript, read_messages, read_prompt,
-    refuse_label, with_system)
+    PROMPT_KEYS, find_key, has_transcript, is_transcript, parse_transcript, read_messages,
+    read_prompt, refuse_label, with_system)
 from data.records import Unusable
 from scaffold.cli import UserError, brief
 
@@ -87,10 +87,9 @@ def continued(side, prompt, r, where):
 def join_sides(r, sides, ranks, where):
     """Find the prompt that both sides of a pair share -> Ranked."""
     prompt = []
-    key = find_key(r, PROMPT_KEYS)
-    if key:
+    if find_key(r, PROMPT_KEYS):
         prompt = read_prompt(r, where)
-        if isinstance(r[key], str) and is_transcript(r[key]):   # a space follows "Assistant:"
+        if has_transcript(r):
             sides = [side.strip() if isinstance(side, str) else side for side in sides]
     elif any(isinstance(side, str) and side.strip() for side in sides):
         raise UserError(f'{where}: no prompt: expected "prompt" beside the two responses, or two '

@@ -43,7 +43,7 @@ def read_bytes(path):
     """Return the content of a file, decompressed if it ends in .gz. Raises UserError."""
     try:
         raw = path.read_bytes()
-        if path.suffix != ".gz":
+        if path.suffix.lower() != ".gz":
             return refuse_binary(raw, path)
         # Text shrinks 3 to 20 times; a file made to fill the memory shrinks 1,000 times.
         most = max(10_000_000, 100 * len(raw))
@@ -68,7 +68,7 @@ def refuse_binary(raw, path):
 
 def kind_of(path):
     """Return the ending of a file name, such as ".jsonl"; a ".gz" behind it does not count."""
-    path = Path(path)
+    path = Path(str(path).lower())
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
@@ -139,7 +139,9 @@ def unwrap(values, path):
 
 
 def table_rows(text, path):
-    """Read the rows of a CSV or TSV file with a header -> [(where, record)]. Empty cells are None.
+    """Read the rows of a CSV or TSV file with a header -> [(where, record)].
+
+    The names of the header are taken in lower case. Empty cells are None.
 
     The columns are parted by tabs in a .tsv file, else by the most common of comma, semicolon and
     tab in the header.
@@ -159,7 +161,7 @@ def table_rows(text, path):
             if not any(cell.strip() for cell in cells):
                 continue
             if names is None:
-                names = [cell.strip() for cell in cells]
+                names = [cell.strip().lower() for cell in cells]
                 if len(set(names)) < len(names):
                     raise UserError(f"{where}: two columns of the header have the same name")
                 continue
@@ -167,7 +169,8 @@ def table_rows(text, path):
                 raise UserError(f"{where}: {len(cells)} cells, but the header has {len(names)}")
             rows.append((where, {name: cell or None for name, cell in zip(names, cells)}))
     except csv.Error as e:
-        raise UserError(f"{path}:{line}: not a row of cells ({brief(e)})") from None
+        raise UserError(f"{path}:{line}: not a row of cells ({brief(e)}); "
+                        f"a quote inside a quoted cell is written twice") from None
     return rows
 
 

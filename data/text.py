@@ -75,6 +75,13 @@ def read_documents(path):
     return [document for text in texts for document in split_documents(text)]
 
 
+def bare(name):
+    """Return the name of a file without its ending: "deep/a.txt.gz" becomes "deep/a"."""
+    if name.lower().endswith(".gz"):
+        name = name[:-3]
+    return name.removesuffix(Path(name).suffix)
+
+
 def find_texts(path):
     """Return {name: file} of a file, or of every *.txt and *.jsonl, plain or .gz, of a folder.
 
@@ -84,14 +91,14 @@ def find_texts(path):
     """
     path = Path(path)
     if not path.is_dir():
-        return {path.name.removesuffix(".gz").removesuffix(kind_of(path)): path}
+        return {bare(path.name): path}
     files = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts)
         if hidden or kind_of(file) not in (".txt", ".jsonl") or not file.is_file():
             continue
-        name = inside.as_posix().removesuffix(".gz").removesuffix(kind_of(file))
+        name = bare(inside.as_posix())
         if name in files:
             raise UserError(f"{file} and {files[name]}: two sources of the same name; rename one")
         files[name] = file

@@ -55,7 +55,7 @@ CHATS = {  # record -> messages
     "prompt, completion, system": (
         {"prompt": "Hi.", "completion": "Hello.", "system": "Be kind."}, KIND),
     "a transcript as prompt": (
-        {"prompt": "\n\nHuman: Hi.\n\nAssistant:", "completion": "Hello."}, HI),
+        {"prompt": "\n\nHuman: Hi.\n\nAssistant:", "completion": " Hello.\n"}, HI),
     "the filled key counts": (
         {"prompt": "Hi.", "completion": None, "output": "Hello.", "instruction": None}, HI),
     "chosen side of a pair": ({"prompt": "Hi.", "chosen": "Hello.", "rejected": "Go!"}, HI),
@@ -101,6 +101,11 @@ def test_instructions_have_many_names(tmp_path, instruction, response, given):
     assert prompts[0][1]["content"] in wordings
 
 
+def test_an_instruction_may_hold_half_a_surrogate_pair(tmp_path):
+    path = write_jsonl(tmp_path / "c.jsonl", {"instruction": "Say \ud800.", "output": "x"})
+    assert "Say \ud800." in load_prompts(path)[0]["prompt"][0]["content"]
+
+
 def test_the_split_knows_an_instruction_by_any_name(tmp_path, capsys):
     records = [{"query": "Answer.", "context": f"What is {i % 40}?", "answer": f"a{i}"}
                for i in range(120)]
@@ -129,6 +134,9 @@ UNUSABLE = {  # record -> reason
         "comes from one"),
     "a call": ({"messages": [HI[0], CALL]}, "calls a tool"),
     "a call without content": ({"messages": [HI[0], {**CALL, "content": None}]}, "calls a tool"),
+    "a call as in older files": (
+        {"messages": [*HI, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+        "calls a tool"),
     "content null": ({"messages": [HI[0], {"role": "assistant", "content": None}]}, "no content"),
     "value null": ({"conversations": [{"from": "human", "value": None}, HI[1]]}, "no content"),
     "a picture": (
@@ -191,6 +199,7 @@ MALFORMED = {  # record -> what the message says after the line
     "labels": (
         {"prompt": "Hi.", "completion": "Go!", "label": False},
         '"label" calls a single response good or bad (KTO); keep the records whose label is true'),
+    "labels of chats": ({"messages": HI, "label": True}, '"label" calls a single response'),
     "labels of a table": (
         {"prompt": "Hi.", "completion": "a", "label": "True"}, '"label" calls a single response'),
 }

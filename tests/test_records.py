@@ -97,6 +97,7 @@ TABLES = {  # name, content
     "all quoted": ("f.csv", table(ROWS, quoting=csv.QUOTE_ALL)),
     "blank rows": ("f.csv", "\r\n" + table([*ROWS[:2], [], [" "], ROWS[2], []])),
     "spaces in the header": ("f.csv", table([[" instruction ", "input", "output "], *ROWS[1:]])),
+    "capitals": ("F.CSV", table([["Instruction", "Input", "OUTPUT"], *ROWS[1:]])),
     "UTF-8 of Excel": ("f.csv", "\ufeff" + table(ROWS)),
 }
 
@@ -153,6 +154,7 @@ def test_a_gzip_file_needs_its_ending(tmp_path):
 
 @pytest.mark.parametrize("name, kind", [
     ("a.jsonl", ".jsonl"), ("a.b.csv.gz", ".csv"), ("a.json.txt", ".txt"), ("a", ""), ("a.gz", ""),
+    ("A.JSONL.GZ", ".jsonl"),
 ])
 def test_the_kind_of_a_file_is_its_last_ending_but_gz(name, kind):
     assert kind_of(name) == kind
