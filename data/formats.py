@@ -103,24 +103,29 @@ def load_prompts(path):
     return read_usable(path, lambda r, where: {**r, "prompt": prompt_from(r, where)}, "a prompt")
 
 
-def is_seed_task(r):
-    """Return whether r is a seed task in the format of Self-Instruct's seed_tasks.jsonl."""
+def check_seed_task(r, where):
+    """Raise UserError unless r has the format of Self-Instruct's seed_tasks.jsonl."""
+    def is_instance(i):
+        return (isinstance(i, dict) and isinstance(i.get("output"), str)
+                and isinstance(i.get("input", ""), str))
+
+    if not isinstance(r.get("instruction"), str):
+        raise UserError(f"{where}: instruction: expected a string")
     instances = r.get("instances")
-    flag = r.get("is_classification", False)
-    return (isinstance(r.get("instruction"), str)
-            and isinstance(instances, list)
-            and all(isinstance(i, dict) and isinstance(i.get("output"), str)
-                    and isinstance(i.get("input", ""), str) for i in instances)
-            and flag in (True, False, "true", "True", "false", "False"))
+    if not isinstance(instances, list):
+        raise UserError(f'{where}: instances: expected a list of {{"input", "output"}}')
+    for i, instance in enumerate(instances):
+        if not is_instance(instance):
+            raise UserError(f'{where}: instances[{i}]: expected the strings "input" and "output"')
+    if r.get("is_classification", False) not in (True, False, "true", "True", "false", "False"):
+        raise UserError(f"{where}: is_classification: expected true or false")
 
 
 def load_seed_tasks(path):
     """Read at least 8 seed tasks -> [{"instruction", "is_classification", "instances"}]."""
     tasks = []
     for where, r in read_records(path):
-        if not is_seed_task(r):
-            raise UserError(f'{where}: expected {{"instruction": string, "instances": [{{"input", '
-                            f'"output"}}], "is_classification": true or false}}')
+        check_seed_task(r, where)
         instances = [{"input": i.get("input") or "", "output": i["output"]} for i in r["instances"]]
         tasks.append({"instruction": r["instruction"],
                       "is_classification": r.get("is_classification") in (True, "true", "True"),

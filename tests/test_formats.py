@@ -672,6 +672,23 @@ def test_seed_tasks_keep_their_instances(tmp_path):
     assert loaded[1:] == [SEED_TASK | {"is_classification": True}] * 7
 
 
+BAD_SEED_TASKS = {  # record -> what the message says
+    "no instruction": ({"instances": []}, "instruction: expected a string"),
+    "no instances": ({"instruction": "a"}, "instances: expected a list"),
+    "no output": ({"instruction": "a", "instances": [{"output": "b"}, {"input": "a"}]},
+                  'instances[1]: expected the strings "input" and "output"'),
+    "an odd flag": ({**SEED_TASK, "is_classification": "maybe"}, "is_classification: expected"),
+}
+
+
+@pytest.mark.parametrize("bad, message", BAD_SEED_TASKS.values(), ids=BAD_SEED_TASKS)
+def test_a_bad_seed_task_is_told_what_and_why(tmp_path, bad, message):
+    path = write_jsonl(tmp_path / "s.jsonl", *[SEED_TASK] * 8, bad)
+    with pytest.raises(UserError) as e:
+        load_seed_tasks(path)
+    assert str(e.value).startswith(f"{path}:9: {message}")
+
+
 def test_fewer_than_8_seed_tasks_are_an_error(tmp_path):
     path = write_jsonl(tmp_path / "s.jsonl", *[SEED_TASK] * 7)
     with pytest.raises(UserError, match="7 seed tasks"):
