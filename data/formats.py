@@ -110,15 +110,15 @@ def check_seed_task(r, where):
                 and isinstance(i.get("input", ""), str))
 
     if not isinstance(r.get("instruction"), str):
-        raise UserError(f"{where}: instruction: expected a string")
+        raise UserError(f"{where}: expected a string as instruction")
     instances = r.get("instances")
     if not isinstance(instances, list):
-        raise UserError(f'{where}: instances: expected a list of {{"input", "output"}}')
+        raise UserError(f'{where}: expected a list of {{"input", "output"}} as instances')
     for i, instance in enumerate(instances):
         if not is_instance(instance):
-            raise UserError(f'{where}: instances[{i}]: expected the strings "input" and "output"')
+            raise UserError(f'{where}: expected the strings "input" and "output" in instances[{i}]')
     if r.get("is_classification", False) not in (True, False, "true", "True", "false", "False"):
-        raise UserError(f"{where}: is_classification: expected true or false")
+        raise UserError(f"{where}: expected true or false as is_classification")
 
 
 def load_seed_tasks(path):

@@ -673,11 +673,11 @@ def test_seed_tasks_keep_their_instances(tmp_path):
 
 
 BAD_SEED_TASKS = {  # record -> what the message says
-    "no instruction": ({"instances": []}, "instruction: expected a string"),
-    "no instances": ({"instruction": "a"}, "instances: expected a list"),
+    "no instruction": ({"instances": []}, "expected a string as instruction"),
+    "no instances": ({"instruction": "a"}, "expected a list of"),
     "no output": ({"instruction": "a", "instances": [{"output": "b"}, {"input": "a"}]},
-                  'instances[1]: expected the strings "input" and "output"'),
-    "an odd flag": ({**SEED_TASK, "is_classification": "maybe"}, "is_classification: expected"),
+                  'expected the strings "input" and "output" in instances[1]'),
+    "an odd flag": ({**SEED_TASK, "is_classification": "maybe"}, "expected true or false as is_classification"),
 }
 
 
