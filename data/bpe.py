@@ -51,8 +51,8 @@ BYTES = [bytes([b]) for b in range(256)]
 
 @dataclass
 class Config:
-    data: str = ""                    # a text, or a folder: every *.txt and *.jsonl is read;
-                                      # use the text that the model will train on
+    data: str = ""                    # a text, or a folder: every *.txt below it is read, and
+                                      # every *.jsonl; use what the model will train on
     out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use:
                                       # checkpoints need the one that they were trained with
     vocab_size: int = 1024            # all tokens, the 256 bytes and 5 specials included;

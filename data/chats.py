@@ -75,7 +75,7 @@ def read_message(m, where):
     if not isinstance(m, dict):
         raise UserError(f"{where}: expected an object with role and content, "
                         f"found {type(m).__name__}")
-    role = m.get("role", m.get("from"))
+    role = m.get(find_key(m, ("role", "from")))
     if role is None:
         raise UserError(f"{where}: no role")
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
@@ -84,9 +84,10 @@ def read_message(m, where):
                         f"tool")
     if known == "tool" or m.get("tool_calls") or m.get("function_call"):
         raise Unusable(where, "a message calls a tool or comes from one")
-    if "content" not in m and "value" not in m:
+    content_key = find_key(m, ("content", "value"))
+    if content_key is None:
         raise UserError(f"{where}: no content")
-    return {"role": known, "content": read_content(m.get("content", m.get("value")), where)}
+    return {"role": known, "content": read_content(m[content_key], where)}
 
 
 def is_message(m):
@@ -198,6 +199,12 @@ def refuse_label(record, where, advice):
         raise UserError(f'{where}: "label" calls a single response good or bad (KTO); {advice}')
 
 
+def has_chat(record):
+    """Return whether a record is a chat; a null beside a prompt is an unused column of a table."""
+    key = find_key(record, CHAT_KEYS)
+    return key is not None and (record[key] is not None or not find_key(record, PROMPT_KEYS))
+
+
 def read_turns(record, where):
     """Return the messages under one of CHAT_KEYS, [] if there are none."""
     key = find_key(record, CHAT_KEYS)
@@ -213,7 +220,7 @@ def read_chat(record, where, rng):
     """
     refuse_label(record, where, "keep the records whose label is true, without the label")
     response_key = find_key(record, RESPONSE_KEYS)
-    if find_key(record, CHAT_KEYS):
+    if has_chat(record):
         messages = read_turns(record, where)
     elif response_key and find_key(record, PROMPT_KEYS):
         messages = read_prompt(record, where, rng)

@@ -14,8 +14,8 @@ import random
 import torch
 
 from data.chats import (
-    CHAT_KEYS, INPUT_KEYS, PROMPT_KEYS, RESPONSE_KEYS, find_key, is_message, prompt_of, read_chat,
-    read_prompt, read_turns)
+    CHAT_KEYS, INPUT_KEYS, PROMPT_KEYS, RESPONSE_KEYS, find_key, has_chat, is_message, prompt_of,
+    read_chat, read_prompt, read_turns)
 from data.comparisons import is_comparison, read_comparison
 from data.records import Unusable, read_records, read_usable
 from data.text import write_text
@@ -51,7 +51,7 @@ def load_chats(path, seed=0):
 
     def read(r, where):
         nonlocal n_comparisons
-        if find_key(r, CHAT_KEYS) or not is_comparison(r):
+        if has_chat(r) or not is_comparison(r):
             return {**r, "messages": read_chat(r, where, rng)}
         prompt, responses, ranks = read_comparison(r, where)
         n_comparisons += 1
@@ -82,10 +82,10 @@ def load_comparisons(path):
 
 def prompt_from(r, where):
     """Return the prompt of a record of any format as messages."""
-    has_chat = find_key(r, CHAT_KEYS)
-    if r.get("prompt") is not None or (find_key(r, PROMPT_KEYS) and not has_chat):
+    is_chat = has_chat(r)
+    if r.get("prompt") is not None or (find_key(r, PROMPT_KEYS) and not is_chat):
         return read_prompt(r, where)
-    if has_chat:
+    if is_chat:
         messages = read_turns(r, where)
         if messages and messages[-1]["role"] != "user":
             messages = prompt_of(messages)

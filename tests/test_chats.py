@@ -58,6 +58,11 @@ CHATS = {  # record -> messages
         {"prompt": "\n\nHuman: Hi.\n\nAssistant:", "completion": " Hello.\n"}, HI),
     "the filled key counts": (
         {"prompt": "Hi.", "completion": None, "output": "Hello.", "instruction": None}, HI),
+    "columns of another format": (
+        {"messages": None, "prompt": "Hi.", "completion": "Hello."}, HI),
+    "keys of another format in messages": (
+        {"messages": [{"role": None, "content": None, "from": "human", "value": "Hi."},
+                      {"role": "assistant", "content": "Hello.", "from": None}]}, HI),
     "chosen side of a pair": ({"prompt": "Hi.", "chosen": "Hello.", "rejected": "Go!"}, HI),
     "chosen side of chats": ({"chosen": HI, "rejected": chat("Hi.", "Go!")}, HI),
     "best of a ranking": (

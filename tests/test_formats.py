@@ -25,7 +25,7 @@ from data.records import read_records
 from data.text import read_documents
 from data.verdicts import load_judged
 from scaffold.cli import UserError
-from tiny import ROOT, assistant, chat, user, write_jsonl
+from tiny import assistant, chat, documented_formats, user, write_jsonl
 
 # Files
 
@@ -677,7 +677,8 @@ BAD_SEED_TASKS = {  # record -> what the message says
     "no instances": ({"instruction": "a"}, "expected a list of"),
     "no output": ({"instruction": "a", "instances": [{"output": "b"}, {"input": "a"}]},
                   'expected the strings "input" and "output" in instances[1]'),
-    "an odd flag": ({**SEED_TASK, "is_classification": "maybe"}, "expected true or false as is_classification"),
+    "an odd flag": ({**SEED_TASK, "is_classification": "maybe"},
+                    "expected true or false as is_classification"),
 }
 
 
@@ -741,14 +742,6 @@ READERS = {
 ENDINGS = {"text": "txt", "a table with a header": "csv"}   # the others are .jsonl
 
 
-def documented_formats():
-    """Return {format: (two lines, scripts)} of the table in data/README.md."""
-    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+) \| `(.+)` <br> `(.+)` \| (.+) \|$", text, re.M)
-    return {name: ([a.replace("\\|", "|"), b.replace("\\|", "|")], scripts.split(", "))
-            for name, a, b, scripts in rows}
-
-
 @pytest.mark.parametrize("name", documented_formats())
 def test_every_documented_format_is_read_by_the_scripts_it_names(tmp_path, name):
     lines, scripts = documented_formats()[name]
@@ -764,4 +757,4 @@ def test_every_documented_format_is_read_by_the_scripts_it_names(tmp_path, name)
 
 
 def test_the_table_shows_all_formats():
-    assert len(documented_formats()) == 16
+    assert len(documented_formats()) == 17
