@@ -42,8 +42,7 @@ from scaffold.table import print_row, print_samples
 
 @dataclass
 class Config(RunConfig):
-    data: str = ""               # chats, Alpaca records, or pairs, of which it learns the chosen
-                                 # side; empty: the village's demonstrations
+    data: str = ""               # chats, Alpaca, or pairs (their chosen side); empty: the village's
     val: str = ""                # chats for validation; empty: 5% of the users (or prompts) of data
     init: str = ""               # the checkpoint to start from; empty: OUT/gpt.pt
     epochs: int = 4              # passes over the data; InstructGPT made 16 and chose by reward
@@ -116,8 +115,7 @@ def tokenize(chats, enc, block_size):
         print(f"{cut} of {len(chats)} chats lose their end to fit the context of {block_size}; "
               f"{len(chats) - len(examples)} have no response left and are skipped")
     if not examples:
-        raise UserError(f"no chat has a response within the context of {block_size} tokens; "
-                        f"pretrain with a larger --block-size")
+        raise UserError(f"no response fits the context of {block_size}; enlarge --block-size")
     return examples
 
 
