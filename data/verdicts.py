@@ -20,7 +20,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from data import annotators
-from data.formats import as_messages, read_records
+from data.chats import as_messages
+from data.records import read_records
 from data.village import KINDS
 from scaffold.cli import UserError
 
@@ -82,7 +83,7 @@ def load_judged(path):
             if v is not None and (not isinstance(v, str) or parse_score(v) is None):
                 raise UserError(f"{where}: a verdict must end with 'Score: n', n from 0 to "
                                 f"{MAX_SCORE}")
-        records.append({**r, "prompt": as_messages(r["prompt"], where)})
+        records.append({**r, "prompt": as_messages(r["prompt"], f"{where}: prompt")})
     return records
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import self_instruct
 from data.exam import mean_and_ci
-from data.formats import read_records
+from data.records import read_records
 from data.text import read_text
 
 SMALL_WORDS = "a an the me my it i is of to with for in from".split()

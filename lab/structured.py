@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import corpus, village
-from data.formats import load_chats, read_records
+from data.formats import load_chats
+from data.records import read_records
 from lab import templates
 from lab.cot import mean, print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start

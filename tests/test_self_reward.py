@@ -23,7 +23,7 @@ import self_instruct
 import self_reward
 import sft
 from data import probes, verdicts, village
-from data.formats import read_records
+from data.records import read_records
 from data.tokenizer import get_tokenizer
 from data.verdicts import judge_chat, prompt_text
 from lab import judge_quality
