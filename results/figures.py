@@ -185,15 +185,18 @@ def table_b():
     return accuracies + "\n\n" + markdown(["probe pairs", "better preferred", "number"], lines)
 
 
-COLUMNS_REWARD = [
-    Column("accuracy", "accuracy", "{:.3f}"),
-    Column("accuracy against gold", "accuracy_against_gold", "{:.3f}"),
+COLUMNS_PROBES = [
     Column("right against wrong", "right_vs_wrong"),
     Column("right against refusal", "right_vs_refusal"),
     Column("refusal against invention", "refusal_vs_invention"),
     Column("whole against lazy", "whole_vs_lazy"),
     Column("polite against rude", "polite_vs_rude"),
     Column("wish met against passed over", "wish_vs_none"),
+]
+COLUMNS_REWARD = [
+    Column("accuracy", "accuracy", "{:.3f}"),
+    Column("accuracy against gold", "accuracy_against_gold", "{:.3f}"),
+    *COLUMNS_PROBES,
 ]
 
 
@@ -341,6 +344,18 @@ def table_e():
     return markdown(["run", "model", *[column.head for column in COLUMNS_E]], lines)
 
 
+def table_e_judge():
+    """Return what the judges of the self-rewarding runs know, with fresh judgements and without."""
+    lines = []
+    for name in ("main", "fresh-eft"):
+        runs = load(f"self_reward-{name}")
+        for stage in values_of(runs, "stage"):
+            rows = [row for row in select(runs, "stage", stage) if COLUMNS_PROBES[0].key in row]
+            if rows:
+                lines.append([name, stage, *[column.cell(rows) for column in COLUMNS_PROBES]])
+    return markdown(["run", "model", *[column.head for column in COLUMNS_PROBES]], lines)
+
+
 def lab_rows(name):
     """Return the rows of a short experiment: names, numbers and a seed; [] without its file."""
     if name == "tool_use":
@@ -485,6 +500,7 @@ def tables():
         "D, made": table_d_made(),
         "D, worth": table_d_worth(),
         "E": table_e(),
+        "E, judge": table_e_judge(),
         "F": tables_f(),
         "H, peers": table_h_peers(),
         "H, chain": table_h_chain(),
