@@ -210,6 +210,8 @@ def table_of_rewards(head, columns, seed, names):
         for part in (select(graded, "stage", "base"), select(graded, "stage", "reward"),
                      select(trained, "split", "held-out users")):
             row |= part[0] if part else {}
+        for part in select(graded, "stage", "ppo"):
+            row |= {f"ppo_{key}": value for key, value in part.items()}
         lines.append([name, *[column.cell([row]) for column in columns]])
     return markdown([head, *[column.head for column in columns]], lines)
 
@@ -226,7 +228,10 @@ def table_b_sizes():
 def table_b_others():
     """Return what other reward models of the same run know."""
     names = {"the default": ""} | {f"`{flags}`": f"-{name}" for name, flags in REWARDS.items()}
-    return table_of_rewards("", COLUMNS_REWARD, LONG_SEEDS[1], names)
+    columns = [*COLUMNS_REWARD, Column("PPO's gold", "ppo_gold"),
+               Column("PPO refuses", "ppo_refused_rate", "{:.0%}"),
+               Column("PPO is right", "ppo_right_rate", "{:.0%}")]
+    return table_of_rewards("", columns, LONG_SEEDS[1], names)
 
 
 def smooth(values, n=9):
