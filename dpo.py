@@ -57,6 +57,7 @@ class Config(RunConfig):
     epochs: int = 1              # passes over the rankings
     lr: float = 3e-4             # peak, cosine to a tenth; 3e-4 below 1M parameters, 5e-7 at 7B
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
+    grad_accum: int = 1          # compute each batch in so many parts: less memory, a third slower
     eval_every: int = 50         # steps between evaluations
     max_new_tokens: int = 64     # longest response when samples are drawn
     gold: str = "data.village:gold"   # module:function that grades (task, response), for reports
@@ -88,9 +89,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     return losses.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
-def response_logprobs(model, ids, mask):
+def response_logprobs(model, ids, mask, parts=1):
     """log pi(y|x) of whole responses: ids, mask (B, T) -> (B,), fp32; the mask is 1 on y."""
-    return gpt.token_logprobs(model, ids, mask=mask[:, 1:]).sum(1)
+    return gpt.token_logprobs(model, ids, mask=mask[:, 1:], parts=parts).sum(1)
 
 
 def flatten(comparisons, how, rng):
@@ -110,13 +111,13 @@ def flatten(comparisons, how, rng):
     return examples, pairs
 
 
-def pair_logprobs(model, examples, pairs):
+def pair_logprobs(model, examples, pairs, parts=1):
     """log pi of the better and worse response of P pairs -> (2, P), each computed only once."""
     used = sorted({i for pair in pairs for i in pair})
     row = {i: n for n, i in enumerate(used)}
     ids, mask = sft.collate(examples, used, model.wte.weight.device)          # (N, T) each
     index = torch.tensor([[row[i], row[j]] for i, j in pairs]).T              # (2, P)
-    return response_logprobs(model, ids, mask)[index]
+    return response_logprobs(model, ids, mask, parts)[index]
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def sampled(policy, reference, enc, records, gold, cfg):
 
 
 def check(cfg):
-    require(cfg, 1, "epochs", "batch_prompts", "eval_every", "max_new_tokens")
+    require(cfg, 1, "epochs", "batch_prompts", "grad_accum", "eval_every", "max_new_tokens")
     require(cfg, 1e-6, "beta")
     require(cfg, 0, "nll")
     require(cfg, 0, "lr", most=10)
@@ -208,7 +209,7 @@ def main(cfg):
         batch = [pair for i in shard(plan[step]) for pair in pairs[i]]
         index = torch.tensor(batch).T                                         # (2, P)
         # No autocast, and no dropout: either would blur the difference of two nearly equal models.
-        logprobs = pair_logprobs(policy, examples, batch)                     # (2, P)
+        logprobs = pair_logprobs(policy, examples, batch, parts=cfg.grad_accum)   # (2, P)
         ref_logprobs = ref[index].to(device)
         loss, chosen, rejected = dpo_loss(*logprobs, *ref_logprobs, cfg.beta, cfg.label_smoothing,
                                           cfg.loss)

@@ -32,10 +32,9 @@ import torch.nn.functional as F
 from data import checkpoint, corpus, huggingface
 from data.text import by_length, draw_rows, pack, pad, predicted, read_corpus, windows
 from data.tokenizer import EMBEDDED, end_of, fingerprint, get_tokenizer, token_bytes
-from scaffold.cli import (
-    RunConfig, UserError, brief, choose, pick_device, require, run_folder, start)
+from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
-from scaffold.optim import adamw, autocast, lr_at, muon
+from scaffold.optim import adamw, autocast, cross_entropy, in_parts, lr_at, muon
 from scaffold.run import Run, load_checkpoint, save_checkpoint, set_seed
 
 
@@ -91,7 +90,7 @@ class Attention(nn.Module):
             y = cache.attend(layer, q, qkv[1:])                               # (B, H, 1, D)
         else:
             if cache is not None:   # the prefill: q and k cover the same tokens
-                cache.kv[layer, :, :, :, :T] = qkv[1:]
+                cache.kv[layer][:, :, :, :T] = qkv[1:]
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None,
                 dropout_p=self.dropout if self.training else 0.0)
@@ -186,15 +185,12 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, sizes, weights, where, dropout=0.0):
         """Build a GPT from sizes and weights; `where` names their file in the error message."""
-        try:
+        with checkpoint.damage_reported(where):
             config = GPTConfig(**{**sizes, "dropout": dropout})
             body = checkpoint.body_weights(config, weights)
             model = cls(config)
             model.load_state_dict(body)
             return model
-        except Exception as e:   # a corrupt file can fail in many ways; report them alike
-            reason = f"{type(e).__name__}: {brief(e)}"
-            raise UserError(f"{where}: its weights do not fit its sizes ({reason})") from None
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
@@ -212,20 +208,21 @@ class KVCache:
 
     def __init__(self, model, B, T):
         c = model.config
-        shape = (c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
-        self.kv = model.wte.weight.new_zeros(shape)                           # (L, 2, B, H, S, D)
+        shape = (2, B, c.n_head, T, c.n_embd // c.n_head)
+        self.kv = [model.wte.weight.new_zeros(shape) for _ in model.h]   # each (2, B, H, S, D)
         self.block_size = c.block_size
         self.fill([0] * B)
 
     def open_slots(self):
         """Pick a slot for each row's new token, mask those after it; return positions (B, 1)."""
-        if self.longest == self.kv.shape[4]:   # attention reads all S slots: add only a few
-            self.kv = F.pad(self.kv, (0, 0, 0, 16))
-        _, _, B, H, S, _ = self.kv.shape
-        first = torch.arange(0, 2 * B * H * S, S, device=self.kv.device)      # of each (S, D) block
+        if self.longest == self.kv[0].shape[3]:   # attention reads all S slots: add only a few
+            for layer, kv in enumerate(self.kv):   # one by one: all at once would double the memory
+                self.kv[layer] = F.pad(kv, (0, 0, 0, 16))
+        _, B, H, S, _ = self.kv[0].shape
+        first = torch.arange(0, 2 * B * H * S, S, device=self.lengths.device)   # of each S slots
         self.slots = first + self.lengths.repeat_interleave(H).repeat(2)      # (2*B*H,)
-        later = torch.arange(S, device=self.kv.device) > self.lengths[:, None]   # (B, S)
-        bias = self.kv.new_zeros(B, S).masked_fill(later, -math.inf)
+        later = torch.arange(S, device=self.lengths.device) > self.lengths[:, None]   # (B, S)
+        bias = self.kv[0].new_zeros(B, S).masked_fill(later, -math.inf)
         self.bias = bias.repeat_interleave(H, 0)[:, None]                     # (B*H, 1, S)
         return self.lengths[:, None]
 
@@ -242,7 +239,7 @@ class KVCache:
 
     def fill(self, lengths):
         """Set the lengths of the rows after the prefill."""
-        self.lengths = torch.tensor(lengths, device=self.kv.device)           # (B,)
+        self.lengths = torch.tensor(lengths, device=self.kv[0].device)        # (B,)
         self.longest = max(lengths)   # as a Python int: .item() would wait for the GPU
 
     def step(self):
@@ -252,7 +249,8 @@ class KVCache:
 
     def keep(self, rows):
         """Keep only these rows of the batch, in this order; a row may be repeated."""
-        self.kv = self.kv[:, :, rows]
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = kv[:, rows]
         self.lengths = self.lengths[rows]
 
 
@@ -325,18 +323,20 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
         cache.step()
 
 
-def token_logprobs(model, ids, temperature=1.0, mask=None, states=None):
+def token_logprobs(model, ids, temperature=1.0, mask=None, states=None, parts=1):
     """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T) -> (B, T-1).
 
-    With a mask (B, T-1), compute it only where it is 1, else return 0. states: model.hidden(ids).
+    With a mask (B, T-1), compute it only where it is 1, else return 0. states: model.hidden(ids);
+    parts: see in_parts, without states.
     """
     mask = torch.ones_like(ids[:, 1:]).bool() if mask is None else mask.bool()
+    if parts > 1:
+        return in_parts(lambda i, m: token_logprobs(model, i, temperature, m), parts, ids, mask)
     if states is None:
         last = torch.arange(1, ids.shape[1], device=ids.device) * mask        # (B, T-1)
         lengths = F.pad(last, (1, 0), value=1).amax(1)   # (B,), of the states that are needed
         states = model.hidden(ids, lengths=lengths)                           # (B, T, C)
-    logits = model.unembed(states[:, :-1][mask]).float()                      # (N, V)
-    nll = F.cross_entropy(logits / temperature, ids[:, 1:][mask], reduction="none")   # (N,)
+    nll = cross_entropy(model, states[:, :-1][mask], ids[:, 1:][mask], temperature)   # (N,)
     return nll.new_zeros(mask.shape).masked_scatter(mask, -nll)               # (B, T-1)
 
 
@@ -357,8 +357,8 @@ def load_model(path, device="cpu", dropout=0.0):
 def lm_loss(model, ids, segments, reduction="mean"):
     """Next-token cross-entropy in nats over packed rows, ids and segments (B, T)."""
     inside = predicted(segments)                                              # (B, T-1)
-    logits = model.unembed(model.hidden(ids, segments=segments)[:, :-1][inside]).float()   # (N, V)
-    return F.cross_entropy(logits, ids[:, 1:][inside], reduction=reduction)
+    states = model.hidden(ids, segments=segments)[:, :-1][inside]             # (N, C)
+    return cross_entropy(model, states, ids[:, 1:][inside], reduction=reduction)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ from scaffold.cli import RunConfig, UserError, check_name, pick_device, require,
 from scaffold.distributed import (
     all_gather_ids, all_reduce_mean, global_mean, rank, rank0_first, shard, world_size)
 from scaffold.health import masked_mean, ppo_metrics, warn_once
-from scaffold.optim import adamw, lr_at
+from scaffold.optim import adamw, in_parts, lr_at
 from scaffold.run import Run, ensure_stage, set_seed
 from scaffold.table import print_samples
 
@@ -60,6 +60,7 @@ class Config(RunConfig):
     rollout_size: int = 128      # responses per update; more is steadier
     epochs: int = 4              # passes over a rollout; more than four rarely pays
     minibatches: int = 2         # steps per pass
+    grad_accum: int = 1          # compute each batch in so many parts: less memory, a third slower
     value_warmup: int = 3        # first updates, of the critic only: prefixes are new to it
     lr: float = 3e-4             # of policy and value; 3e-4 below 1M parameters, 1e-5 at 100M
     beta: float = 0.1            # KL coefficient; 0 invites reward hacking, 0.5 blocks learning
@@ -166,14 +167,15 @@ def rollout(sampler, policy, reference, reward_model, value_model, prompts, end,
     ended = torch.tensor([r[-1] == end for r in responses], device=device)
     mask = response_mask(starts, lengths, ids.shape[1])                       # (B, T-1)
     # The same forward pass at temperature 1 as in the loss, so the first ratio is 1.
-    logprobs = gpt.token_logprobs(policy, ids, mask=mask)                     # (B, T-1)
-    ref_logprobs = gpt.token_logprobs(reference, ids, mask=mask)
+    logprobs = gpt.token_logprobs(policy, ids, mask=mask, parts=cfg.grad_accum)   # (B, T-1)
+    ref_logprobs = gpt.token_logprobs(reference, ids, mask=mask, parts=cfg.grad_accum)
+    scores = in_parts(reward_model.score, cfg.grad_accum, ids, lengths)       # (B,)
     return Rollout(
         ids=ids, lengths=lengths, mask=mask, ended=ended, responses=responses,
         logprobs=logprobs, ref_logprobs=ref_logprobs,
         old_logprobs=ref_logprobs if sampler is reference else logprobs,
-        values=value_model(ids, lengths)[:, :-1],
-        scores=torch.where(ended, reward_model.score(ids, lengths), cfg.missing_eos_score))
+        values=in_parts(value_model, cfg.grad_accum, ids, lengths)[:, :-1],
+        scores=torch.where(ended, scores, cfg.missing_eos_score))
 
 
 def losses(policy, value_model, b, advantages, returns, rows, cfg):
@@ -182,18 +184,16 @@ def losses(policy, value_model, b, advantages, returns, rows, cfg):
     ids = b.ids[rows, :T]   # (n, T) of n rows; no autocast: bf16 rounds ratios near 1 to 1
     mask = b.mask[rows, :T - 1]                                               # (n, T-1)
     old = b.old_logprobs[rows, :T - 1]
-    logprobs = gpt.token_logprobs(policy, ids, mask=mask)                     # (n, T-1)
+    logprobs = gpt.token_logprobs(policy, ids, mask=mask, parts=cfg.grad_accum)   # (n, T-1)
     old_values = b.values[rows, :T - 1]
-    values = value_model(ids, b.lengths[rows])[:, :-1]
+    values = in_parts(value_model, cfg.grad_accum, ids, b.lengths[rows])[:, :-1]
     pg_loss, clipfrac = policy_loss(logprobs, old, advantages[rows, :T - 1], mask, cfg.clip)
     vf_loss = value_loss(values, old_values, returns[rows, :T - 1], mask, cfg.value_clip)
     pg_loss = global_mean(pg_loss, mask.sum())
     vf_loss = global_mean(vf_loss, mask.sum())
     log_ratio = (logprobs - old).detach() * mask
     value_clipped = ((values - old_values).abs() > cfg.value_clip).float()
-    stat = dict(pg=pg_loss.item(),
-                vf=vf_loss.item(),
-                clipfrac=clipfrac.item(),
+    stat = dict(pg=pg_loss.item(), vf=vf_loss.item(), clipfrac=clipfrac.item(),
                 ratio=masked_mean(log_ratio.exp(), mask).item(),
                 approxkl=0.5 * masked_mean(log_ratio ** 2, mask).item(),   # k2, to second order
                 vclip=masked_mean(value_clipped, mask).item())
@@ -226,7 +226,7 @@ def next_prompts(prompts, order, n, rng):
 
 
 def check(cfg):
-    require(cfg, 1, "updates", "epochs", "max_new_tokens")
+    require(cfg, 1, "updates", "epochs", "grad_accum", "max_new_tokens")
     require(cfg, 2, "rollout_size")
     require(cfg, 1, "minibatches", most=cfg.rollout_size)
     require(cfg, 0, "gamma", "lam", "clip", most=1)

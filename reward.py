@@ -37,7 +37,7 @@ from data.text import batches, by_length, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
-from scaffold.optim import adamw, autocast, lr_at
+from scaffold.optim import adamw, autocast, in_parts, lr_at
 from scaffold.run import Run, ensure_stage, save_checkpoint, set_seed
 from scaffold.table import print_row
 
@@ -54,6 +54,7 @@ class Config(RunConfig):
     epochs: int = 2              # more learn the labelers' noise by heart
     lr: float = 5e-4             # peak learning rate, cosine to a tenth
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
+    grad_accum: int = 1          # compute each batch in so many parts: less memory, a third slower
     normalise_on: int = 256      # prompts whose sampled responses define mean 0 and std 1
     max_new_tokens: int = 64     # longest response when these are sampled
     save_every: int = 200        # steps between saves of the training state; 0: on Ctrl-C only
@@ -91,9 +92,11 @@ class RewardModel(nn.Module):
         states = self.body.hidden(ids)                                        # (B, T, C)
         response = (ids == self.assistant).flip(1).cumsum(1).flip(1) == 0     # (B, T)
         logprobs = gpt.token_logprobs(self.body, ids, mask=response[:, 1:], states=states)
-        weighed = self.weight(states)[:, 1:, 0].float() * logprobs            # (B, T-1)
-        raw = self.head(states)[..., 0].float() + F.pad(weighed.cumsum(1), (1, 0))   # (B, T)
-        return (raw - self.mean) / self.std
+        with torch.autocast(ids.device.type, enabled=False):   # bf16 would round the scores
+            states = states.to(self.head.weight.dtype)
+            weighed = self.weight(states)[:, 1:, 0].float() * logprobs        # (B, T-1)
+            raw = self.head(states)[..., 0].float() + F.pad(weighed.cumsum(1), (1, 0))   # (B, T)
+            return (raw - self.mean) / self.std
 
     def score(self, ids, lengths):
         """Score at the last real token, which should be the end token: (B, T), (B,) -> (B,)."""
@@ -175,14 +178,16 @@ def batch_loss(model, comparisons, device, cfg):
     lengths = torch.tensor([len(r) for r in rows], device=device)             # (sum of K,)
     ids = pad(rows).to(device)                                                # (sum of K, T)
     if cfg.loss == "ranking":
-        flat = model.score(ids, lengths)                                      # (sum of K,)
+        flat = in_parts(model.score, cfg.grad_accum, ids, lengths)            # (sum of K,)
         scores = pad(list(flat.split([len(c.rows) for c in comparisons])))    # (B, K)
         ranks = rank_tensor([c.record["ranks"] for c in comparisons]).to(device)
         return global_mean(ranking_loss(scores, ranks), len(comparisons))     # each has one
     if cfg.loss == "regression":
         wanted = torch.cat([targets(c.record) for c in comparisons]).to(device)
-        return global_mean(F.mse_loss(model.score(ids, lengths), wanted), len(wanted))
-    better, worse, mask = aligned(model(ids), comparisons)                    # (pairs, T) each
+        flat = in_parts(model.score, cfg.grad_accum, ids, lengths)            # (sum of K,)
+        return global_mean(F.mse_loss(flat, wanted), len(wanted))
+    scores = in_parts(model, cfg.grad_accum, ids)                             # (sum of K, T)
+    better, worse, mask = aligned(scores, comparisons)                        # (pairs, T) each
     return global_mean(token_margin_loss(better, worse, mask, cfg.margin), mask.sum())
 
 
@@ -250,7 +255,7 @@ def batch_plan(sizes, cfg, rng):
 
 
 def main(cfg):
-    require(cfg, 1, "epochs", "batch_prompts", "max_new_tokens")
+    require(cfg, 1, "epochs", "batch_prompts", "grad_accum", "max_new_tokens")
     require(cfg, 2, "normalise_on")
     require(cfg, 0, "lr", most=10)
     choose(cfg, "loss", "ranking", "token-margin", "regression")

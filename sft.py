@@ -35,7 +35,7 @@ from data.text import batches, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
-from scaffold.optim import adamw, autocast, lr_at
+from scaffold.optim import LOGITS, adamw, autocast, lr_at
 from scaffold.run import Run, ensure_stage, keep_best, set_seed, take_step
 from scaffold.table import print_row, print_samples
 
@@ -50,6 +50,7 @@ class Config(RunConfig):
     lr: float = 1e-3             # peak learning rate, cosine to a tenth
     batch_tokens: int = 2048     # tokens per step, padding included
     dropout: float = 0.0         # 0.1 to 0.2 delays overfitting with many epochs over few chats
+    grad_accum: int = 1          # compute each batch in so many parts: less memory, a third slower
     max_new_tokens: int = 64     # longest response when samples are drawn
     gold: str = "data.village:gold"   # module:function that grades (task, response), for reports
 
@@ -95,10 +96,10 @@ def response_loss(logits, ids, mask):
     return total / mask.sum().clamp(min=1)
 
 
-def chat_loss(model, ids, mask):
-    """Return response_loss without computing the logits of the prompt."""
+def chat_loss(model, ids, mask, parts=1):
+    """Return response_loss without the logits of the prompt; parts: see gpt.token_logprobs."""
     mask = mask[:, 1:]                                                        # (B, T-1)
-    return -gpt.token_logprobs(model, ids, mask=mask).sum() / mask.sum().clamp(min=1)
+    return -gpt.token_logprobs(model, ids, mask=mask, parts=parts).sum() / mask.sum().clamp(min=1)
 
 
 def tokenize(chats, enc, block_size):
@@ -164,6 +165,7 @@ def val_loss(model, examples, device, batch_tokens=8192):
     """Return the mean loss per response token over all examples, in nats."""
     model.eval()
     total = n = 0.0
+    batch_tokens = min(batch_tokens, LOGITS // model.config.vocab_size)
     for rows in batches([len(e.ids) for e in examples], batch_tokens, random.Random(0)):
         ids, mask = collate(examples, rows, device)                           # (B, T) each
         k = mask[:, 1:].sum().item()
@@ -194,7 +196,7 @@ def fine_tune(model, examples, epochs, batch_tokens, lr, seed, name="sft", log=l
 
 
 def main(cfg):
-    require(cfg, 1, "epochs", "batch_tokens", "max_new_tokens")
+    require(cfg, 1, "epochs", "batch_tokens", "grad_accum", "max_new_tokens")
     require(cfg, 0, "lr", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "select", "val", "reward", "last")
@@ -240,10 +242,8 @@ def main(cfg):
         model.train()
         ids, mask = collate(examples, shard(order[step]), device)             # (B, T) each
         with autocast(device):
-            loss = chat_loss(model, ids, mask)
-        loss = global_mean(loss, mask[:, 1:].sum())
-        lr = lr_at(step, len(order), cfg.lr)
-        norm = run.take_step(loss, optimizer, model, lr, order[step])
+            loss = global_mean(chat_loss(model, ids, mask, cfg.grad_accum), mask[:, 1:].sum())
+        norm = run.take_step(loss, optimizer, model, lr_at(step, len(order), cfg.lr), order[step])
         epoch = 1 + sum(step >= end for end in ends)
         run.log(step=step, epoch=epoch, loss=loss.item(), grad_norm=norm)
         if step + 1 in ends:

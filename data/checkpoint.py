@@ -1,9 +1,11 @@
 """Checkpoints of a GPT: those of a run, their tokenizer, their sizes, and growing a model."""
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 
 from data.tokenizer import SPECIAL, fingerprint, get_tokenizer
-from scaffold.cli import UserError
+from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint
 
 
@@ -71,6 +73,16 @@ def body_weights(config, weights):
     if shapes != ((V, C), (T, C)) or last not in body or config.n_head < 1:
         raise ValueError("other vocabulary, context, width, depth or heads")
     return body
+
+
+@contextmanager
+def damage_reported(where):
+    """Turn any exception of a block that reads weights into a UserError that names their file."""
+    try:
+        yield
+    except Exception as e:   # a corrupt file can fail in many ways; report them alike
+        reason = f"{type(e).__name__}: {brief(e)}"
+        raise UserError(f"{where}: its weights do not fit its sizes ({reason})") from None
 
 
 def add_special_tokens(model, enc, folder):

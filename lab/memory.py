@@ -146,7 +146,8 @@ def ppo_step(cfg):
     optimizer = trainer(policy)
     value_optimizer = trainer(value_model)
     settings = ppo.Config(max_new_tokens=cfg.response, rollout_size=cfg.batch)
-    prompts = [ids[:cfg.prompt - 1].tolist() + [0] for ids in random_rows(cfg, cfg.batch, cfg.prompt)]
+    rows = random_rows(cfg, cfg.batch, cfg.prompt - 1)
+    prompts = [ids.tolist() + [0] for ids in rows]   # 0: the last token of a prompt
     b = ppo.rollout(policy, policy, reference, reward_model, value_model, prompts, NO_END, settings,
                     cfg.seed)
     rewards = ppo.kl_rewards(b.scores, b.logprobs, b.ref_logprobs, b.mask, settings.beta)

@@ -1,10 +1,13 @@
-"""The optimizers, their learning rate schedule, and mixed precision."""
+"""The optimizers, their learning rate schedule, mixed precision, and batches in parts."""
 import math
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Whether the CPU multiplies bf16 matrices, faster than fp32; others emulate it, ten times slower.
 BF16_CPU = any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
+LOGITS = 2**25   # the most at a time: those of 667 tokens with GPT-2's vocabulary, 134 MB
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
@@ -101,3 +104,36 @@ def lr_at(step, steps, lr, schedule="cosine", floor=0.1):
 def autocast(device):
     """Use bf16 on a GPU, and fp32 on a CPU, where small models gain nothing from bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def in_parts(f, n, *tensors):
+    """Return f(*tensors), (B, ...) each, computed in n parts of the rows; f keeps rows apart.
+
+    The gradient of any loss of the whole result is exact, whatever the loss averages over. It needs
+    the memory of one part, and one more forward pass.
+    """
+    n = min(n, len(tensors[0]))
+    if n <= 1:
+        return f(*tensors)
+    parts = zip(*(t.tensor_split(n) for t in tensors))
+    return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])
+
+
+def cross_entropy(model, states, targets, temperature=1.0, reduction="none"):
+    """F.cross_entropy in fp32 of the logits of some states: (N, C), (N,) -> (N,), or a scalar.
+
+    reduction: none, sum or mean. At most LOGITS logits exist at a time.
+    """
+    each = "none" if reduction == "none" else "sum"
+
+    def part(states, targets):
+        logits = model.unembed(states).float()                                # (n, V)
+        if temperature != 1:
+            logits = logits / temperature
+        return F.cross_entropy(logits, targets, reduction=each).view(-1)
+
+    n = math.ceil(len(targets) * len(model.wte.weight) / LOGITS)
+    losses = in_parts(part, n, states, targets)                               # (N,), or (n,) sums
+    if reduction == "none":
+        return losses
+    return losses.sum() / (len(targets) if reduction == "mean" else 1)

@@ -111,7 +111,6 @@ def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
@@ -119,6 +118,7 @@ def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
         raise Diverged(f"{where}: loss {loss.item():.4g}, gradient norm {norm:.4g}; "
                        f"training cannot continue from here: try a lower --lr")
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)   # frees their memory, too
     return norm
 
 

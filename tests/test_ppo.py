@@ -550,7 +550,7 @@ def test_adapt_beta_is_exact_on_target_and_at_its_bounds():
 
 # A rollout
 
-CFG = SimpleNamespace(max_new_tokens=8, missing_eos_score=-3.0)
+CFG = SimpleNamespace(max_new_tokens=8, missing_eos_score=-3.0, grad_accum=1)
 
 
 class Models(NamedTuple):
@@ -1102,7 +1102,7 @@ def test_a_first_ratio_other_than_1_gives_a_warning(train, monkeypatch, capsys):
     """Such as from dropout in the update and none in the rollout."""
     token_logprobs = gpt.token_logprobs
 
-    def shifted_in_the_update(model, ids, mask, states=None):
+    def shifted_in_the_update(model, ids, mask, states=None, parts=1):
         shift = 0.2 if torch.is_grad_enabled() and states is None else 0.0   # of the policy
         return token_logprobs(model, ids, mask=mask, states=states) + shift * mask
 
