@@ -194,7 +194,7 @@ class GPT(nn.Module):
             return model
         except Exception as e:   # a corrupt file can fail in many ways; report them alike
             reason = f"{type(e).__name__}: {brief(e)}"
-            raise UserError(f"{where}: its weights do not fit its sizes ({reason})") from None
+            raise UserError(f"{where}: its weights are damaged or do not fit ({reason})") from None
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
@@ -258,7 +258,7 @@ class KVCache:
 
 def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     """Sample one id per row, (B, V) -> (B,), after top_k and top_p; temperature 0 is greedy."""
-    if temperature == 0:
+    if temperature < 1e-6:   # smaller ones would make the logits infinite
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -399,8 +399,8 @@ def first_model(cfg, device):
 
 
 def main(cfg):
-    require(cfg, 1, "steps", "batch_tokens", "block_size", "n_layer", "n_head", "n_embd",
-            "eval_every")
+    require(cfg, 1, "steps", "batch_tokens", "block_size", "n_head", "n_embd", "eval_every")
+    require(cfg, 1, "n_layer", most=1000)
     require(cfg, 0, "lr", "weight_decay", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "schedule", "cosine", "constant")

@@ -74,6 +74,15 @@ def test_greedy_generation_equals_a_loop_without_cache(lengths, bias):
     assert gpt.generate(model, prompts, 30, temperature=0) == want
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-45, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Logits divided by it would be infinite, and their softmax NaN."""
+    model = random_gpt(dtype=torch.float32)
+    prompts = random_ids([3, 9])
+    greedy = gpt.generate(model, prompts, 12, temperature=0)
+    assert gpt.generate(model, prompts, 12, temperature=temperature) == greedy
+
+
 def test_rows_that_stop_leave_the_others_alone():
     """Every token that occurs is tried as the stop token, so rows stop in many orders.
 
