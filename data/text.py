@@ -120,6 +120,9 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     sizes. Raises UserError for a text that is missing or too short.
     """
     path = Path(path)
+    share = min(val_fraction, 1 - val_fraction)   # of the smaller part
+    if not share > 0:   # this form also refuses nan
+        raise UserError(f"--val-fraction {val_fraction}: must be above 0 and below 1")
     end = end_of(enc)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
@@ -129,11 +132,12 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
         documents = [torch.tensor(enc.encode_ordinary(text) + [end], dtype=torch.int32)
                      for text in split_documents(read_text(file))]
         total = sum(map(len, documents))
-        smaller = total * min(val_fraction, 1 - val_fraction)
-        if not smaller > block_size:   # this form also refuses nan
+        smaller = total * share
+        if not smaller > block_size:
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction "
-                            f"{val_fraction} both parts must exceed one block of {block_size} "
-                            f"tokens; use more text, or a smaller --block-size")
+                            f"{val_fraction} and a context of {block_size} tokens, "
+                            f"{math.floor(block_size / share) + 1:,} are needed; use more text, "
+                            f"or --block-size {max(1, math.ceil(smaller) - 1)}")
         train, val = split_validation(documents, math.ceil(total * val_fraction))
         name = file.stem
         if path.is_dir():
