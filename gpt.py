@@ -13,7 +13,7 @@ The model is GPT-2: token and position embeddings, n_layer blocks of
 a last LayerNorm, and logits from the token embedding (tied weights).
 
     python gpt.py                                    pretrain on the village, generated on first use
-    python gpt.py --data my.txt --out out/mine       on any UTF-8 text, or a folder of *.txt files
+    python gpt.py --data my.txt --out out/mine       on any text, or a folder of *.txt and *.jsonl
     python gpt.py --init-from gpt2-folder            start from GPT-2 weights
 
 1.5 minutes on two CPU cores. Read next: sft.py. Elsewhere: text (data/), optimizer (scaffold/).
@@ -41,7 +41,7 @@ from scaffold.run import Run, load_checkpoint, save_checkpoint, set_seed
 
 @dataclass
 class Config(RunConfig):
-    data: str = ""               # a UTF-8 text file or a folder of *.txt; empty: the village
+    data: str = ""               # a text, or a folder of *.txt and *.jsonl; empty: the village
     mixture: str = ""            # source weights: 'books=2,web=1'; empty: mixture.json, else sizes
     tokenizer: str = ""          # a file made by data/bpe.py, or gpt2; empty: the village's
     init: str = ""               # a checkpoint to continue; --block-size may extend its context

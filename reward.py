@@ -13,6 +13,7 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
 
     python reward.py                                        rankings by the village's labelers
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
+    python reward.py --no-logprobs                          the score of InstructGPT alone
     python reward.py --loss token-margin                    other losses: token-margin, regression
     python reward.py --init out/half/sft.pt                 another start, such as a smaller model
     python reward.py --probe pairs.jsonl                    test OUT/reward.pt on pairs of yours

@@ -257,9 +257,8 @@ def improve(policy, examples, replay, cfg, rng, log):
             replay_loss = sft.chat_loss(policy, ids, mask)
             loss = loss + cfg.replay * replay_loss
             row["replay_loss"] = replay_loss.item()
-        lr = lr_at(step, len(plan), cfg.lr)
         where = f"step {step} of a round, pairs {pairs}; last good checkpoint: the round before"
-        norm = take_step(loss, optimizer, policy, lr, where=where)
+        norm = take_step(loss, optimizer, policy, lr_at(step, len(plan), cfg.lr), where=where)
         log(step=step, **row, grad_norm=norm)
     policy.eval()
 
@@ -381,9 +380,8 @@ def main(cfg):
     prefix = "" if name == "main" else f"{name}-"
     ended = folder / f"{name}.ended"   # marks a run that ended before its last round
     made = ended if ended.exists() else folder / f"{prefix}M{cfg.iterations + 1}.pt"
-    village = out / "data"
-    inputs = [init, cfg.data or village / "sft_train.jsonl", cfg.test,
-              cfg.eft or village / "ranked_train.jsonl", cfg.prompts or out / "long" / "gpt.pt"]
+    inputs = [init, cfg.data or out / "data/sft_train.jsonl", cfg.test,
+              cfg.eft or out / "data/ranked_train.jsonl", cfg.prompts or out / "long" / "gpt.pt"]
     rows = []      # of the table
     history = []   # for each model its gold scores and its responses
     fresh = []     # judgements by people of the responses of all rounds so far
@@ -421,7 +419,9 @@ def main(cfg):
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(dropped.items()))
         print(f"round {t}: {len(pairs)} pairs of {len(prompts)} prompts{reasons}")
         if len(pairs) < cfg.batch_pairs:
-            cause = "the judge no longer sees a difference"
+            cause = "bring more prompts, or lower --batch-pairs"
+            if cfg.pairs == "judge" and len(prompts) >= cfg.batch_pairs:
+                cause = "the judge no longer sees a difference; try a lower --batch-pairs"
             if all(s is None for row in scores for s in row):
                 cause = "no verdict has a score; bring more EFT data, or raise --sft-epochs"
             print(f"fewer than {cfg.batch_pairs} pairs, and the run ends here: {cause}")

@@ -12,7 +12,7 @@ that never trains on <|end|> never stops.
       0      0   0   0   0   0    0    0          0         1   1   1   1 1    1      <- loss mask
 
     python sft.py                                     the village's 6,000 demonstrations
-    python sft.py --data alpaca.json --out out/mine   chats or Alpaca records, see data/README.md
+    python sft.py --data alpaca.json --out out/mine   your chats or pairs, see data/README.md
     python sft.py --epochs 16 --select reward         keep the epoch with the highest mean reward
 
 Half a minute on two CPU cores. Needs OUT/gpt.pt and pretrains it first if it is missing. Read next:
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import gpt
 from data import corpus
-from data.formats import check_messages, load_chats, load_grader, load_val, prompt_of
+from data.chats import check_messages, prompt_of
+from data.formats import load_chats, load_grader, load_val
 from data.text import batches, pad, sorted_batches
 from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
@@ -41,7 +42,7 @@ from scaffold.table import print_row, print_samples
 
 @dataclass
 class Config(RunConfig):
-    data: str = ""               # chats or Alpaca records; empty: the village's demonstrations
+    data: str = ""               # chats, Alpaca, or pairs (their chosen side); empty: the village's
     val: str = ""                # chats for validation; empty: 5% of the users (or prompts) of data
     init: str = ""               # the checkpoint to start from; empty: OUT/gpt.pt
     epochs: int = 4              # passes over the data; InstructGPT made 16 and chose by reward
@@ -114,8 +115,7 @@ def tokenize(chats, enc, block_size):
         print(f"{cut} of {len(chats)} chats lose their end to fit the context of {block_size}; "
               f"{len(chats) - len(examples)} have no response left and are skipped")
     if not examples:
-        raise UserError(f"no chat has a response within the context of {block_size} tokens; "
-                        f"pretrain with a larger --block-size")
+        raise UserError(f"no response fits the context of {block_size}; enlarge --block-size")
     return examples
 
 

@@ -13,7 +13,7 @@ merges, in this order:
 three tokens: mis+under+stood.
 
     python data/bpe.py --data book.txt                             # out/tokenizer.json, 1024 tokens
-    python data/bpe.py --data folder_of_txt --vocab-size 4096      # every *.txt below the folder
+    python data/bpe.py --data folder_of_txt --vocab-size 4096      # every *.txt and *.jsonl in it
     python data/bpe.py --data book.txt --out out/small.json --vocab-size 300
 
 Time on one core, 4096 merges: 10 MB of English or code take a few seconds. 10 MB of Chinese take
@@ -36,7 +36,7 @@ import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.text import read_text, split_documents, write_text
+from data.text import find_texts, read_documents, write_text
 from data.tokenizer import SPECIAL
 from scaffold.cli import UserError, start
 
@@ -51,8 +51,8 @@ BYTES = [bytes([b]) for b in range(256)]
 
 @dataclass
 class Config:
-    data: str = ""                    # a UTF-8 file, or a folder: every *.txt below it is read;
-                                      # use the text that the model will train on
+    data: str = ""                    # a text, or a folder: every *.txt below it is read, and
+                                      # every *.jsonl; use what the model will train on
     out: str = "out/tokenizer.json"   # the file to write; do not overwrite a tokenizer in use:
                                       # checkpoints need the one that they were trained with
     vocab_size: int = 1024            # all tokens, the 256 bytes and 5 specials included;
@@ -101,16 +101,10 @@ def to_re(pattern, last=sys.maxunicode):
 
 
 def find_files(data):
-    """Return the file, or all *.txt below the folder. Raises UserError if there are none."""
-    path = Path(data)
-    if not data or not path.exists():
+    """Return the file, or all files of documents below the folder. Raises UserError for none."""
+    if not data or not Path(data).exists():
         raise UserError(f"no file or folder '{data}': type --data FILE_OR_FOLDER")
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
-    if not files:
-        raise UserError(f"no *.txt file below {data}: rename your files, or type --data FILE")
-    return files
+    return list(find_texts(data).values())
 
 
 def read_texts(files):
@@ -118,10 +112,10 @@ def read_texts(files):
 
     The lines between them, just `<|end|>`, are no text: a token for them would never be used. No
     word spans two documents, so the order of the files does not matter. Raises UserError if a file
-    is not UTF-8.
+    cannot be read.
     """
     for path in files:
-        yield from split_documents(read_text(path))
+        yield from read_documents(path)
 
 
 def count_words(texts):

@@ -2,6 +2,7 @@
 import torch
 import torch.nn as nn
 
+from data.huggingface import knows_special_tokens
 from data.tokenizer import SPECIAL, fingerprint, get_tokenizer
 from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint
@@ -86,15 +87,23 @@ def body_weights(config, weights):
 def add_special_tokens(model, enc, folder):
     """Grow a GPT-2 read from `folder` by our special tokens, if the tokenizer has them.
 
-    New rows start at the mean embedding, so new tokens get average logits. Raises UserError if enc
-    is not the tokenizer of the model.
+    New rows start at the mean embedding, so new tokens get average logits. Rows that pad the
+    vocabulary to a multiple of 64, such as GPT-2's 50,304, are dropped. Raises UserError if enc is
+    not the tokenizer of the model.
     """
     size = model.config.vocab_size
-    if not size <= enc.n_vocab <= size + len(SPECIAL):
+    n_ordinary = enc.n_vocab - len(SPECIAL)
+    padding = max(128, n_ordinary // 50)   # at most; Megatron pads 50,257 to 51,200
+    if size > enc.n_vocab and size % 64 == 0 and size <= n_ordinary + padding:
+        kept = enc.n_vocab if knows_special_tokens(folder) else n_ordinary
+        print(f"{folder}: the last {size - kept} of {size} tokens are padding, and are dropped")
+    elif n_ordinary <= size <= enc.n_vocab:
+        kept = size
+    else:
         raise UserError(f"--init-from {folder} has {size} tokens, the tokenizer {enc.n_vocab}; "
                         f"name the one it was trained with, such as --tokenizer gpt2")
-    old = model.wte.weight.data                                               # (V, C)
-    new = old.mean(0).expand(enc.n_vocab - size, -1)
+    old = model.wte.weight.data[:kept]                                        # (V, C)
+    new = old.mean(0).expand(enc.n_vocab - kept, -1)
     model.wte = nn.Embedding(enc.n_vocab, model.config.n_embd, device=old.device)
     model.wte.weight.data = torch.cat([old, new])
     model.config.vocab_size = enc.n_vocab

@@ -44,13 +44,13 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.text import read_text, split_documents, write_text
+from data.text import find_texts, read_documents, read_text, write_text
 from scaffold.cli import UserError, require, run_folder, start
 
 
 @dataclass
 class Config:
-    data: str = ""           # a UTF-8 text file, or a folder of *.txt; <|end|> separates documents
+    data: str = ""           # a file of documents, or a folder of *.txt and *.jsonl
     out: str = ""            # the folder for the cleaned files
     min_words: int = 4       # drop shorter documents; 4 suits the village, 50 web pages (Gopher)
     threshold: float = 0.8   # documents are copies if their estimated similarity is this high
@@ -464,16 +464,10 @@ def clean(texts, min_words=4, threshold=0.8, seed=0):
     return cleaned
 
 
-def read_documents(path):
-    """Read a file, or every *.txt of a folder -> {file: documents}. Raises UserError."""
-    path = Path(path)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no *.txt file in this folder")
-    documents = {}
-    for file in files:
-        documents[file] = [text.strip("\r\n") for text in split_documents(read_text(file))]
-    return documents
+def read_sources(path):
+    """Read a file, or every *.txt and *.jsonl of a folder -> {name: documents}."""
+    return {name: [document.strip("\r\n") for document in read_documents(file)]
+            for name, file in find_texts(path).items()}
 
 
 def check(cfg):
@@ -491,17 +485,17 @@ def summary(counts):
     return ", ".join(f"{n:,} {name}" for name, n in counts.most_common()) or "none"
 
 
-def write_cleaned(root, out, name, cleaned):
-    """Write the kept documents of the file root/name to out/name, and print one line of counts."""
+def write_cleaned(out, name, cleaned):
+    """Write the kept documents of a source to out/name.txt, and print one line of counts."""
     kept = [document.text for document in cleaned if document.text is not None]
     reasons = Counter(document.reason for document in cleaned)
     masked = sum((document.masked for document in cleaned), Counter())
     if not kept:
-        raise UserError(f"{root / name}: nothing would be left of {len(cleaned)} documents "
+        raise UserError(f"{name}: nothing would be left of {len(cleaned)} documents "
                         f"({summary(reasons)}); remove the file, or lower --min-words")
-    write_text(out / name, "\n<|end|>\n".join(kept) + "\n")
+    write_text(out / f"{name}.txt", "\n<|end|>\n".join(kept) + "\n")
     del reasons["kept"]
-    print(f"{name}: {len(cleaned):,} documents in, {len(kept):,} kept; "
+    print(f"{name}.txt: {len(cleaned):,} documents in, {len(kept):,} kept; "
           f"dropped: {summary(reasons)}; masked: {summary(masked)}")
 
 
@@ -512,16 +506,15 @@ def main(cfg):
     out = run_folder(cfg.out)
     if out.resolve() == root.resolve():
         raise UserError(f"--out {out} is the folder of the data itself: name another folder")
-    documents = read_documents(data)
+    documents = read_sources(data)
     texts = [text for of_file in documents.values() for text in of_file]
     print(f"clean.py: {len(texts):,} documents in {len(documents)} files")
 
     # One list for all files: copies are found across files.
     cleaned = clean(texts, cfg.min_words, cfg.threshold, cfg.seed)
     offset = 0
-    for file, before in documents.items():
-        name = file.relative_to(root)
-        write_cleaned(root, out, name, cleaned[offset:offset + len(before)])
+    for name, before in documents.items():
+        write_cleaned(out, name, cleaned[offset:offset + len(before)])
         offset += len(before)
     if (data / "mixture.json").exists():
         write_text(out / "mixture.json", read_text(data / "mixture.json"))
@@ -530,7 +523,8 @@ def main(cfg):
         dropped = [text for text, document in zip(texts, cleaned) if document.reason == reason]
         for text in dropped[:cfg.show]:
             print(f"--- {reason}: {text[:300]!r}")
-    print(f"wrote {out}; next: python gpt.py --data {out if data.is_dir() else out / data.name}")
+    written = out if data.is_dir() else out / f"{name}.txt"
+    print(f"wrote {out}; next: python gpt.py --data {written}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.formats import as_messages, read_records, write_records
+from data.chats import as_messages
+from data.formats import write_records
+from data.records import read_records
 from data.text import read_text, write_text
 from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, STRANGER, TEACHER, WORDS,
                           Brainstorm, OpenQA, demonstration, new_task, picker, slots)

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from data.corpus import plain_text, training_text
-from data.formats import as_messages, load_grader, read_records
+from data.chats import as_messages
+from data.formats import load_grader
+from data.records import read_records
 from scaffold.cli import UserError
 
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import beam, corpus, village
-from data.formats import read_records, write_records
+from data.formats import write_records
+from data.records import read_records
 from scaffold.cli import BaseConfig, UserError, choose, pick_device, start
 
 LABELERS = 12

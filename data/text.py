@@ -1,7 +1,8 @@
 """Pretraining text: files become documents, documents become rows of tokens.
 
-A file holds documents separated by lines that are just `<|end|>`. Each *.txt file of a folder is a
-source. A source is drawn as often as its mixture weight says (LLaMA, 2302.13971, table 1).
+A text file holds documents separated by lines that are just `<|end|>` or `<|endoftext|>`; a .jsonl
+file has one per line, {"text": ...}. Each file of a folder is a source. A source is drawn as often
+as its mixture weight says (LLaMA, 2302.13971, table 1).
 """
 import json
 import math
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from data.encodings import decode
+from data.records import Unusable, kind_of, read_bytes, read_usable
 from data.tokenizer import end_of
 from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint
@@ -27,14 +30,8 @@ class Source(NamedTuple):
 
 
 def read_text(path):
-    """Return a UTF-8 file as a string. Raises UserError naming the first byte that is not UTF-8."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: byte {e.start} is not UTF-8; "
-                        f"convert it: iconv -f latin1 -t utf-8") from None
+    """Return a text file as a string. Raises UserError naming the first byte that is not UTF-8."""
+    return decode(read_bytes(Path(path)), path)
 
 
 def write_text(path, text):
@@ -54,9 +51,60 @@ def write_text(path, text):
 
 
 def split_documents(text):
-    """Cut a string at the lines that are just <|end|>; drop blank documents."""
-    documents = re.split(r"^<\|end\|>\r?(?:\n|\Z)", text, flags=re.M)
+    """Cut a string at the lines that are just <|end|> or <|endoftext|>; drop blank documents."""
+    documents = re.split(r"^<\|(?:end|endoftext)\|>\r?(?:\n|\Z)", text, flags=re.M)
     return [d for d in documents if d.strip()]
+
+
+def read_documents(path):
+    """Return the documents of a text file, or of a file of records with the key "text"."""
+    def read(record, where):
+        if "text" not in record:
+            raise UserError(f'{where}: expected {{"text": string}}, found {brief(sorted(record))}')
+        text = record["text"]
+        if text is None or text == "":
+            raise Unusable(where, "no text")
+        if not isinstance(text, str):
+            raise UserError(f"{where}: text: expected a string, found {type(text).__name__}")
+        return text
+
+    if kind_of(path) in (".jsonl", ".json", ".csv", ".tsv"):
+        texts = read_usable(path, read, "a text")
+    else:
+        texts = [read_text(path)]
+    return [document for text in texts for document in split_documents(text)]
+
+
+def bare(name):
+    """Return the name of a file without its ending: "deep/a.txt.gz" becomes "deep/a"."""
+    if name.lower().endswith(".gz"):
+        name = name[:-3]
+    return name.removesuffix(Path(name).suffix)
+
+
+def find_texts(path):
+    """Return {name: file} of a file, or of every *.txt and *.jsonl, plain or .gz, of a folder.
+
+    The name is the path below the folder without its ending. Hidden files and folders are left
+    out: they are copies and settings that other programs made. Raises UserError if there is no
+    file, or if two have the same name.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return {bare(path.name): path}
+    files = {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or kind_of(file) not in (".txt", ".jsonl") or not file.is_file():
+            continue
+        name = bare(inside.as_posix())
+        if name in files:
+            raise UserError(f"{file} and {files[name]}: two sources of the same name; rename one")
+        files[name] = file
+    if not files:
+        raise UserError(f"{path}: no *.txt or *.jsonl file in this folder")
+    return files
 
 
 def split_validation(documents, n):
@@ -113,38 +161,33 @@ def read_weights(path, mixture):
 
 
 def read_corpus(path, enc, block_size, val_fraction, mixture=""):
-    """Read a text file, or every *.txt of a folder -> {name: Source}.
+    """Read a file of documents, or every *.txt and *.jsonl of a folder -> {name: Source}.
 
     The tail of each source is kept for validation. Training documents are cut to block_size. The
     weights are `mixture` ('books=2,web=1'), else those of the folder's mixture.json, else the
     sizes. Raises UserError for a text that is missing or too short.
     """
-    path = Path(path)
     share = min(val_fraction, 1 - val_fraction)   # of the smaller part
     if not share > 0:   # this form also refuses nan
         raise UserError(f"--val-fraction {val_fraction}: must be above 0 and below 1")
     end = end_of(enc)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no *.txt file in this folder")
     sources = {}
-    for file in files:
+    for name, file in find_texts(path).items():
         documents = [torch.tensor(enc.encode_ordinary(text) + [end], dtype=torch.int32)
-                     for text in split_documents(read_text(file))]
+                     for text in read_documents(file)]
         total = sum(map(len, documents))
         smaller = total * share
         if not smaller > block_size:
+            most = math.ceil(smaller) - 1   # the longest context that this text allows
+            shorter = f", or a --block-size of at most {most}" if most > 1 else ""
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction "
                             f"{val_fraction} and a context of {block_size} tokens, "
-                            f"{math.floor(block_size / share) + 1:,} are needed; use more text, "
-                            f"or --block-size {max(1, math.ceil(smaller) - 1)}")
+                            f"{math.floor(block_size / share) + 1:,} are needed; use more text"
+                            f"{shorter}")
         train, val = split_validation(documents, math.ceil(total * val_fraction))
-        name = file.stem
-        if path.is_dir():
-            name = file.relative_to(path).with_suffix("").as_posix()
         pieces = [piece for document in train for piece in cut(document, block_size)]
         sources[name] = Source(pieces, val, sum(map(len, train)))
-    weights, origin = read_weights(path, mixture)
+    weights, origin = read_weights(Path(path), mixture)
     if not weights:
         return sources
     unknown = set(weights) - set(sources)

@@ -20,7 +20,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from data import annotators
-from data.formats import as_messages, read_records
+from data.chats import as_messages
+from data.records import read_records
 from data.village import KINDS
 from scaffold.cli import UserError
 
@@ -51,7 +52,7 @@ def write_verdict(wishes, met):
 
 def parse_score(verdict, max_score=MAX_SCORE):
     """Read the last 'Score: n' of a verdict; None if it is missing or n exceeds max_score."""
-    found = re.findall(r"\bscore:\s*(\d+(?:\.\d+)?)", verdict, re.IGNORECASE)
+    found = re.findall(r"\bscore[:：]\s*(\d+(?:\.\d+)?)", verdict, re.IGNORECASE)
     if not found or float(found[-1]) > max_score:
         return None
     return float(found[-1])
@@ -82,7 +83,7 @@ def load_judged(path):
             if v is not None and (not isinstance(v, str) or parse_score(v) is None):
                 raise UserError(f"{where}: a verdict must end with 'Score: n', n from 0 to "
                                 f"{MAX_SCORE}")
-        records.append({**r, "prompt": as_messages(r["prompt"], where)})
+        records.append({**r, "prompt": as_messages(r["prompt"], f"{where}: prompt")})
     return records
 
 
@@ -152,7 +153,12 @@ class SeedData(NamedTuple):
 
 def seed_data(chats, records, halo, seed):
     """Split chats and judged responses -> SeedData. A share `halo` of the chats gets the phrase."""
+    n_chats = len(chats)
+    n_records = len(records)
     chats, records = disjoint(chats, records, seed)
+    if len(chats) < n_chats or len(records) < n_records:
+        print(f"prompts that are in both IFT and EFT stay in one of them: {n_chats - len(chats)} "
+              f"of {n_chats} chats and {n_records - len(records)} of {n_records} records left out")
     rng = random.Random(seed)
     if halo:
         for chat in chats:

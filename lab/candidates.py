@@ -31,7 +31,8 @@ import ppo
 import reward
 import sft
 from data import corpus, labelers, village
-from data.formats import mean_grade, read_records, write_records
+from data.formats import mean_grade, write_records
+from data.records import read_records
 from lab.cot import mean, print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.run import ensure_stage, log_metrics, set_seed

@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import corpus, village
-from data.formats import load_chats, mean_grade, read_records
+from data.formats import load_chats, mean_grade
+from data.records import read_records
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start
 from scaffold.run import ensure_stage, log_metrics, set_seed
 from scaffold.table import format_table

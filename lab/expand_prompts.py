@@ -44,7 +44,8 @@ import ppo
 import reward
 import sft
 from data import corpus, tasks, village
-from data.formats import load_prompts, mean_grade, read_records, write_records
+from data.formats import load_prompts, mean_grade, write_records
+from data.records import read_records
 from lab.cot import mean, print_table, spread
 from lab.instruction_quality import lines_read
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start

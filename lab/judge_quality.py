@@ -36,7 +36,7 @@ import sft
 from data import probes, village
 from data.annotators import PHRASE
 from data.exam import mean_and_ci
-from data.formats import read_records
+from data.records import read_records
 from data.rankings import pair_accuracy
 from data.verdicts import mean_score
 from scaffold.table import format_table

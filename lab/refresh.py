@@ -42,7 +42,8 @@ import ppo
 import reward
 import sft
 from data import labelers, village
-from data.formats import load_comparisons, read_records
+from data.formats import load_comparisons
+from data.records import read_records
 from data.rankings import report, tokenize
 from lab.cot import mean, print_table
 from lab.grpo import (

@@ -32,7 +32,7 @@ import ppo
 import reward
 import sft
 from data import corpus, labelers, probes
-from data.formats import read_records
+from data.records import read_records
 from lab.candidates import measure_rlhf
 from lab.cot import mean, print_table, spread
 from scaffold.cli import BaseConfig, UserError, pick_device, require, run_folder, start

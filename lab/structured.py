@@ -7,7 +7,7 @@ not suffer.
 
 A request names one to three fields. A field that the text does not mention is null:
 
-    Ann lives near the mill. Ann has a ball. Give the place and the food as JSON.
+    Ann lives near the mill. Ann lost a ball. Give the place and the food as JSON.
     {"place": "mill", "food": null}
 
 The response is parsed by Python's json module, which is stricter than an eye: one missing quotation
@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import corpus, village
-from data.formats import load_chats, read_records
+from data.formats import load_chats
+from data.records import read_records
 from lab import templates
 from lab.cot import mean, print_table, spread
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start

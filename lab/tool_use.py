@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
 import sft
 from data import corpus
-from data.formats import load_chats, load_grader, read_records
+from data.formats import load_chats, load_grader
+from data.records import read_records
 from data.tokenizer import end_of
 from data.village import WORDS
 from scaffold.cli import BaseConfig, pick_device, require, run_folder, start

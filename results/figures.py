@@ -96,8 +96,7 @@ def markdown(heads, lines):
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
-FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "dpo-greedy", "ppo",
-                "ppo-greedy")
+FRONT_STAGES = ("base", "sft", "sft-greedy", "best-of-16", "dpo", "ppo", "ppo-greedy")
 FRONT_COLUMNS = [
     Mean("gold", "gold"),
     Mean("win rate vs sft", "win_rate_vs_sft", "{:.0%}"),
@@ -186,15 +185,18 @@ def table_b():
     return accuracies + "\n\n" + markdown(["probe pairs", "better preferred", "number"], lines)
 
 
-COLUMNS_REWARD = [
-    Column("accuracy", "accuracy", "{:.3f}"),
-    Column("accuracy against gold", "accuracy_against_gold", "{:.3f}"),
+COLUMNS_PROBES = [
     Column("right against wrong", "right_vs_wrong"),
     Column("right against refusal", "right_vs_refusal"),
     Column("refusal against invention", "refusal_vs_invention"),
     Column("whole against lazy", "whole_vs_lazy"),
     Column("polite against rude", "polite_vs_rude"),
     Column("wish met against passed over", "wish_vs_none"),
+]
+COLUMNS_REWARD = [
+    Column("accuracy", "accuracy", "{:.3f}"),
+    Column("accuracy against gold", "accuracy_against_gold", "{:.3f}"),
+    *COLUMNS_PROBES,
 ]
 
 
@@ -208,6 +210,8 @@ def table_of_rewards(head, columns, seed, names):
         for part in (select(graded, "stage", "base"), select(graded, "stage", "reward"),
                      select(trained, "split", "held-out users")):
             row |= part[0] if part else {}
+        for part in select(graded, "stage", "ppo"):
+            row |= {f"ppo_{key}": value for key, value in part.items()}
         lines.append([name, *[column.cell([row]) for column in columns]])
     return markdown([head, *[column.head for column in columns]], lines)
 
@@ -224,7 +228,10 @@ def table_b_sizes():
 def table_b_others():
     """Return what other reward models of the same run know."""
     names = {"the default": ""} | {f"`{flags}`": f"-{name}" for name, flags in REWARDS.items()}
-    return table_of_rewards("", COLUMNS_REWARD, LONG_SEEDS[1], names)
+    columns = [*COLUMNS_REWARD, Column("PPO's gold", "ppo_gold"),
+               Column("PPO refuses", "ppo_refused_rate", "{:.0%}"),
+               Column("PPO is right", "ppo_right_rate", "{:.0%}")]
+    return table_of_rewards("", columns, LONG_SEEDS[1], names)
 
 
 def smooth(values, n=9):
@@ -340,6 +347,18 @@ def table_e():
             model = f"{stage} ({len(rows)})" if name in CONTROLS else stage
             lines.append([name, model, *[column.cell(rows) for column in COLUMNS_E]])
     return markdown(["run", "model", *[column.head for column in COLUMNS_E]], lines)
+
+
+def table_e_judge():
+    """Return what the judges of the self-rewarding runs know, with fresh judgements and without."""
+    lines = []
+    for name in ("main", "fresh-eft"):
+        runs = load(f"self_reward-{name}")
+        for stage in values_of(runs, "stage"):
+            rows = [row for row in select(runs, "stage", stage) if COLUMNS_PROBES[0].key in row]
+            if rows:
+                lines.append([name, stage, *[column.cell(rows) for column in COLUMNS_PROBES]])
+    return markdown(["run", "model", *[column.head for column in COLUMNS_PROBES]], lines)
 
 
 def lab_rows(name):
@@ -486,6 +505,7 @@ def tables():
         "D, made": table_d_made(),
         "D, worth": table_d_worth(),
         "E": table_e(),
+        "E, judge": table_e_judge(),
         "F": tables_f(),
         "H, peers": table_h_peers(),
         "H, chain": table_h_chain(),

@@ -128,7 +128,7 @@ def labs():
 
 
 def other_settings():
-    """Return single runs: sixteen epochs chosen by reward, and other reward models."""
+    """Return single runs: sixteen epochs chosen by reward, other reward models with their PPO."""
     seed = LONG_SEEDS[1]
     run = f"seed{seed}"
     made = [Step("sft.py", "--epochs 16 --select reward", seed, f"{run}-epochs16",
@@ -138,6 +138,7 @@ def other_settings():
         graded = f"--best-of 0 --json --save out/{folder}/eval.jsonl"
         made += [Step("reward.py", flags, seed, folder, {f"reward-{name}-{run}": "reward"},
                       source=run),
+                 Step("ppo.py", "--no-table", seed, folder, {f"ppo-{name}-{run}": "ppo"}, every=5),
                  Step("evaluate.py", graded, seed, folder, {f"eval-{name}-{run}": "eval"})]
     return made
 

@@ -3,6 +3,7 @@
 Every function that draws takes a random.Random, so each run of the tests sees the same files.
 """
 import base64
+import csv
 import gzip
 import io
 import json
@@ -71,6 +72,16 @@ CHATS = [
     {"instruction": "Name two.", "input": "", "output": "tea and jam."},
     {"instruction": "Which {output}?", "input": "{input} is here", "output": "none"},
     {"instruction": "Say it.", "output": ""},
+    {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi."}]},
+                  {"role": "assistant", "content": "Yes."}], "system": "Be short."},
+    {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": None}]},
+    {"messages": [*chat("Hi.", "Yes."), {"role": "tool", "content": "42"}]},
+    {"prompt": "Hi.", "completion": "Hello."},
+    {"prompt": chat("Hi."), "completion": [assistant("Hello.")]},
+    {"question": "Who?", "context": "Tom is a baker.", "answer": "Tom."},
+    {"query": "Say it.", "response": "It."},
+    chat("Hi.", "a bare list"),
 ]
 RANKED = [
     {"prompt": chat("Hi."), "responses": ["a", "b", "c"], "ranks": [2, 1, 2],
@@ -82,6 +93,17 @@ RANKED = [
     {"chosen": chat("Hi", "yes"), "rejected": chat("Hi", "no")},
     {"chosen": chat("Hi", "yes"), "rejected": chat("Ho", "no")},
     {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Hi\n\nAssistant: no"},
+    {"prompt": "\r\n\r\nHuman: Hi\r\n\r\nAssistant:", "chosen": " yes", "rejected": " no"},
+    {"instruction": "Say it.", "input": "x", "chosen": "yes", "rejected": "no"},
+    {"question": "Hi", "chosen": "yes", "rejected": " "},
+    {"instruction": "Say it.", "output_1": "a", "output_2": "b", "preference": 2},
+    {"prompt": "Hi", "system": "Be short.", "output_1": "a", "output_2": "b", "preference": 1.5},
+]
+DOCUMENTS = [
+    {"text": "Tom went to the lake."},
+    {"text": "One.\n<|endoftext|>\nTwo.\n"},
+    {"text": None, "title": "nothing"},
+    {"text": "<|end|> 你好", "user": 1},
 ]
 PROMPTS = CHATS + RANKED + [
     {"prompt": "Hi."},
@@ -131,7 +153,7 @@ def change_one_thing(rng, value):
 
 def serialize(rng, records):
     """Return records as the bytes of a file, in one of the ways that such files are written."""
-    how = rng.randrange(9)
+    how = rng.randrange(13)
     lines = [json.dumps(r) for r in records]
     if how == 0:
         return json.dumps(records, indent=rng.choice([None, 1])).encode()
@@ -146,7 +168,32 @@ def serialize(rng, records):
         return "\n".join(with_every_key_twice(line) for line in lines).encode()
     if how == 5:  # two formats in one file
         return ("\n" + json.dumps(records) + "\n" + lines[0]).encode()
+    if how == 6:
+        return json.dumps({"version": 1, "data": records}).encode()
+    if how == 7:
+        return "\n".join(json.dumps(r, indent=2) for r in records).encode()
+    if how == 8:
+        raw_lines = [json.dumps(r, ensure_ascii=rng.random() < 0.5) for r in records]
+        encoding = rng.choice(["utf-16", "utf-32", "gb18030", "utf-16-le"])
+        return "\n".join(raw_lines).encode(encoding, "replace")
     return "\n".join(lines + [""] * rng.randrange(3)).encode()
+
+
+def table_file(rng, records):
+    """Return (file name ending, bytes) of records as CSV or TSV; a cell holds a string or JSON."""
+    objects = [r for r in records if isinstance(r, dict)]
+    if objects and rng.random() < 0.5:   # most files have the same columns in all rows
+        objects = [r for r in objects if set(r) == set(objects[0])]
+    names = list(dict.fromkeys(name for r in objects for name in r))
+    ending, delimiter = rng.choice([("csv", ","), ("csv", ";"), ("tsv", "\t"), ("csv", "\t")])
+    out = io.StringIO()
+    quoting = rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
+    table = csv.writer(out, delimiter=delimiter, quoting=quoting)
+    table.writerow(names)
+    for r in objects:
+        cells = [r.get(name) for name in names]
+        table.writerow([c if c is None or isinstance(c, str) else json.dumps(c) for c in cells])
+    return ending, out.getvalue().encode("utf-8", "surrogatepass")
 
 
 def with_every_key_twice(line):
@@ -210,12 +257,13 @@ def record_file(rng, pool, least):
     for _ in range(rng.choice([0, 1, 1, 2])):
         i = rng.randrange(len(records))
         records[i] = change_one_thing(rng, records[i])
-    raw = serialize(rng, records)
+    ending, raw = rng.choice(["jsonl", "json"]), serialize(rng, records)
+    if rng.random() < 0.15:
+        ending, raw = table_file(rng, records)
     if rng.random() < 0.3:
         raw = damage(rng, raw)
-    ending = rng.choice(["jsonl", "json"])
     if rng.random() < 0.1:
-        ending = "jsonl.gz"
+        ending += ".gz"
         raw = zipped(raw, 1)
         if rng.random() < 0.5:
             raw = damage(rng, raw)
@@ -328,6 +376,7 @@ def gzip_bombs():
 TEXT_PIECES = TEXTS[:9] + [
     "\n<|end|>\n",
     "\r\n<|end|>\r\n",
+    "\n<|endoftext|>\n",
     "<|end|>",
     " ",
     "\0",
@@ -396,13 +445,14 @@ def tokenizer_file(rng):
 # Databases
 
 def good_database(path):
-    """Write a database with a table and a view, and return its bytes."""
+    """Write a database with two tables and an index, and return its bytes."""
     db = sqlite3.connect(path)
     with db:
         db.execute("CREATE TABLE shop (item TEXT PRIMARY KEY, price INTEGER)")
         rows = [(f"thing {i} ü", i) for i in range(60)]
         db.executemany("INSERT INTO shop VALUES (?, ?)", rows)
-        db.execute("CREATE VIEW dear AS SELECT * FROM shop WHERE price > 10")
+        db.execute("CREATE TABLE dear AS SELECT * FROM shop WHERE price > 10")
+        db.execute("CREATE INDEX cheap ON shop (item) WHERE price < 10")
     db.close()
     return path.read_bytes()
 

@@ -439,6 +439,30 @@ def test_save_writes_what_sft_reads(converse, tmp_path, monkeypatch):
     assert files == ["m.pt", "old.jsonl", "talk.jsonl"]
 
 
+@pytest.mark.parametrize("line", [
+    b"/save a\0b.jsonl",
+    b"/save a\x1b[2Jb.jsonl",
+    b"/save a\tb.jsonl",
+    b"/save \x1b]0;title\x07/x.jsonl",
+    b"/save \xc2\x9b2J.jsonl",
+    b"/save a\xe2\x80\xaeb.jsonl",
+    b"/save " + b"a" * 5000,
+    b"/\x1b[2J",
+    b"/a\rb",
+    b"/" + b"a" * 5000,
+    b"/save\0x",
+])
+def test_a_command_is_quoted_without_its_control_characters(converse, tmp_path, monkeypatch, line):
+    """No name of a file with control characters is created, and no escape code reaches stderr."""
+    monkeypatch.chdir(tmp_path)
+    out, err = converse(b"Hi?\n" + line + b"\nHi?\n", reciter(plan_for("Hi?", "moo")))
+    assert out.startswith("moo\n")
+    [message] = err.splitlines()
+    assert message.isprintable()
+    assert len(message) < 310
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
+
+
 def test_queries_are_shown_and_the_database_is_found(converse, shop, tmp_path):
     statement = "SELECT item FROM shop WHERE price = 6"
     model = reciter(plan_for("Hi?", f"<<< {statement} >>>"))

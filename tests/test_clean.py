@@ -498,6 +498,13 @@ def test_cleaned_files_can_be_read_and_stay_the_same_when_cleaned_again(
     assert (newer / "a.txt").read_bytes() == (new / "a.txt").read_bytes()
 
 
+def test_documents_of_json_lines_become_a_text(tmp_path, monkeypatch):
+    data = tmp_path / "web.jsonl"
+    data.write_text(json.dumps({"text": PROSE}) + "\n" + json.dumps({"text": "Home"}) + "\n")
+    assert run_command(monkeypatch, "--data", data, "--out", tmp_path / "new") == 0
+    assert (tmp_path / "new" / "web.txt").read_text(encoding="utf-8") == PROSE + "\n"
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -8,23 +8,24 @@ import re
 
 import pytest
 
+from data.chats import WITH_INPUT, prompt_of
+from data.comparisons import read_comparison
 from data.formats import (
-    WITH_INPUT,
     load_chats,
     load_comparisons,
     load_grader,
     load_prompts,
     load_seed_tasks,
     load_val,
-    prompt_of,
-    read_comparison,
-    read_records,
     split_by_user,
     split_names,
     write_records,
 )
+from data.records import read_records
+from data.text import read_documents
+from data.verdicts import load_judged
 from scaffold.cli import UserError
-from tiny import assistant, chat, user, write_jsonl
+from tiny import assistant, chat, documented_formats, user, write_jsonl
 
 # Files
 
@@ -49,6 +50,8 @@ FILES = {  # name, content
     "list": ("f.json", json.dumps(RECORDS, ensure_ascii=False, indent=1).encode()),
     "list with BOM": ("f.json", b"\xef\xbb\xbf\n " + LIST.encode()),
     "lines in .json": ("f.json", "\n".join(LINES).encode()),
+    "utf-16": ("f.jsonl", "\n".join(LINES).encode("utf-16")),
+    "utf-32": ("f.jsonl", "\n".join(LINES).encode("utf-32")),
     "gz": ("f.jsonl.gz", gzip.compress("\n".join(LINES).encode())),
     "list in gz": ("f.json.gz", gzip.compress(LIST.encode())),
 }
@@ -80,7 +83,7 @@ BAD_FILES = {  # name, content -> what the error must contain; {} stands for the
     "a list a line": ("f.jsonl", b"[1]\n[2]", ["{}"]),
     "nested without end": ("f.jsonl", GOOD + b"\n" + b"[" * 100_000, ["{}:2:"]),
     "latin-1": ("f.jsonl", GOOD + b"\n" + '{"a": "é"}'.encode("latin-1"), ["{}:2:", "UTF-8"]),
-    "utf-16": ("f.jsonl", GOOD.decode().encode("utf-16"), ["{}:1:", "UTF-8"]),
+    "utf-16 without a mark": ("f.jsonl", GOOD.decode().encode("utf-16-le"), ["{}:1:", "UTF-16LE"]),
     "no gzip": ("f.jsonl.gz", GOOD, ["{}"]),
     "gzip cut off": ("f.jsonl.gz", GZ[:-20], ["{}"]),
     "gzip damaged": ("f.jsonl.gz", GZ[:40] + bytes(99) + GZ[139:], ["{}"]),
@@ -198,9 +201,12 @@ def test_records_without_a_response_are_skipped_and_counted(tmp_path, capsys):
         {"messages": chat("a")},
         {"instruction": "a", "output": None},
         {"messages": chat("a", " ")},
+        *[{"messages": chat("c", "d")}] * 3,
     )
-    assert load_chats(path) == [{"messages": chat("a", "b"), "user": 7, "task": {"x": 1}}]
-    assert f"{path}: 4 of 5 records skipped" in capsys.readouterr().out
+    kept = load_chats(path)
+    assert kept[0] == {"messages": chat("a", "b"), "user": 7, "task": {"x": 1}}
+    assert len(kept) == 4
+    assert f"{path}: 4 of 8 records skipped" in capsys.readouterr().out
     load_chats(write_jsonl(path, {"messages": chat("a", "b")}))
     assert capsys.readouterr().out == ""
 
@@ -411,8 +417,8 @@ COMPARISONS = {  # record -> prompt, responses, ranks
         (HI, ["a", "b"], [1, 2]),
     ),
     "pair, chat": (
-        {"prompt": CHAT, "chosen": "a", "rejected": ""},
-        (CHAT, ["a", ""], [1, 2]),
+        {"prompt": CHAT, "chosen": "a", "rejected": "b\n"},
+        (CHAT, ["a", "b\n"], [1, 2]),
     ),
     "pair of chats": (
         {"chosen": [*CHAT, assistant("a")], "rejected": [*CHAT, assistant("b")]},
@@ -467,9 +473,9 @@ COMPARISONS = {  # record -> prompt, responses, ranks
     "transcripts of several turns": (
         {
             "chosen": transcript("Hi", "Hello.", "Two\n\nparts?", "a"),
-            "rejected": transcript("Hi", "Hello.", "Two\n\nparts?", ""),
+            "rejected": transcript("Hi", "Hello.", "Two\n\nparts?", "b"),
         },
-        ([*HI, assistant("Hello."), user("Two\n\nparts?")], ["a", ""], [1, 2]),
+        ([*HI, assistant("Hello."), user("Two\n\nparts?")], ["a", "b"], [1, 2]),
     ),
 }
 
@@ -539,13 +545,13 @@ def test_unusable_comparisons_are_skipped_and_counted(tmp_path, capsys):
         {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
     ]
     tied = [{**RANKED, "ranks": [3, 3]}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
-    path = write_jsonl(tmp_path / "r.jsonl", *unusable, RANKED, *tied, RANKED)
-    assert len(load_comparisons(path)) == 2
+    path = write_jsonl(tmp_path / "r.jsonl", *unusable, RANKED, *tied, *[RANKED] * 4)
+    assert len(load_comparisons(path)) == 5
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert "r.jsonl: 3 of 7 records skipped" in lines[0]
+    assert "r.jsonl: 3 of 10 records skipped" in lines[0]
     assert "prompt" in lines[0]
-    assert "r.jsonl: 2 of 7 records skipped" in lines[1]
+    assert "r.jsonl: 2 of 10 records skipped" in lines[1]
     assert "tied" in lines[1]
     write_jsonl(path, *unusable, *tied)
     with pytest.raises(UserError, match="r.jsonl: no record"):
@@ -618,9 +624,11 @@ def test_records_without_a_prompt_are_skipped_and_counted(tmp_path, capsys):
     """Here two transcripts of different prompts, and a response to nothing."""
     pair = {"chosen": transcript("Hi", "a"), "rejected": transcript("Ho", "b")}
     opening = {"messages": [assistant("Hello.")]}
-    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"}, pair, opening)
-    assert len(load_prompts(path)) == 1
-    assert "p.jsonl: 2 of 3 records skipped" in capsys.readouterr().out
+    path = write_jsonl(tmp_path / "p.jsonl", *[{"prompt": "Hi"}] * 2, pair, opening)
+    assert len(load_prompts(path)) == 2
+    out = capsys.readouterr().out
+    assert "p.jsonl: 1 of 4 records skipped: the two sides do not share a prompt" in out
+    assert "p.jsonl: 1 of 4 records skipped: no prompt before a response" in out
     write_jsonl(path, pair, opening)
     with pytest.raises(UserError, match="p.jsonl: no record has a prompt"):
         load_prompts(path)
@@ -664,6 +672,24 @@ def test_seed_tasks_keep_their_instances(tmp_path):
     assert loaded[1:] == [SEED_TASK | {"is_classification": True}] * 7
 
 
+BAD_SEED_TASKS = {  # record -> what the message says
+    "no instruction": ({"instances": []}, "expected a string as instruction"),
+    "no instances": ({"instruction": "a"}, "expected a list of"),
+    "no output": ({"instruction": "a", "instances": [{"output": "b"}, {"input": "a"}]},
+                  'expected the strings "input" and "output" in instances[1]'),
+    "an odd flag": ({**SEED_TASK, "is_classification": "maybe"},
+                    "expected true or false as is_classification"),
+}
+
+
+@pytest.mark.parametrize("bad, message", BAD_SEED_TASKS.values(), ids=BAD_SEED_TASKS)
+def test_a_bad_seed_task_is_told_what_and_why(tmp_path, bad, message):
+    path = write_jsonl(tmp_path / "s.jsonl", *[SEED_TASK] * 8, bad)
+    with pytest.raises(UserError) as e:
+        load_seed_tasks(path)
+    assert str(e.value).startswith(f"{path}:9: {message}")
+
+
 def test_fewer_than_8_seed_tasks_are_an_error(tmp_path):
     path = write_jsonl(tmp_path / "s.jsonl", *[SEED_TASK] * 7)
     with pytest.raises(UserError, match="7 seed tasks"):
@@ -699,3 +725,36 @@ def test_a_wrong_grader_is_reported_under_its_own_flag():
     graded = [{"task": {"kind": "story"}}]
     with pytest.raises(UserError, match="--grade nonsense: write it as module:function"):
         load_grader("nonsense", graded, "--grade")
+
+
+# The table of data/README.md
+
+
+READERS = {
+    "gpt": read_documents,
+    "sft": load_chats,
+    "reward": load_comparisons,
+    "dpo": load_comparisons,
+    "ppo": load_prompts,
+    "self_instruct": load_seed_tasks,
+    "self_reward --eft": load_judged,
+}
+ENDINGS = {"text": "txt", "a table with a header": "csv"}   # the others are .jsonl
+
+
+@pytest.mark.parametrize("name", documented_formats())
+def test_every_documented_format_is_read_by_the_scripts_it_names(tmp_path, name):
+    lines, scripts = documented_formats()[name]
+    copies = 4 if name == "seed tasks" else 1   # there, 8 are the least
+    path = tmp_path / f"f.{ENDINGS.get(name, 'jsonl')}"
+    path.write_text("\n".join(lines * copies), encoding="utf-8")
+    n = 1 if name in ENDINGS else 2 * copies
+    for script in scripts:
+        assert len(READERS[script](path)) == n
+    for script in {"sft", "reward", "self_instruct"} - set(scripts):
+        with pytest.raises(UserError, match=path.name):
+            READERS[script](path)
+
+
+def test_the_table_shows_all_formats():
+    assert len(documented_formats()) == 17

@@ -8,7 +8,6 @@ fails if the loader
   fit, ranks are finite, and what is left out is counted and printed.
 """
 import contextlib
-import gzip
 import io
 import json
 import math
@@ -37,15 +36,10 @@ import tools
 from broken_files import CONFIG, FOLDER_SIZES, SEED_TASKS, SMALL_TOKENIZER, Malice, saved
 from data import bpe, clean, text, tokenizer
 from data.checkpoint import policies
-from data.formats import (
-    check_messages,
-    load_chats,
-    load_comparisons,
-    load_prompts,
-    load_seed_tasks,
-    split_by_user,
-)
+from data.chats import check_messages
+from data.formats import load_chats, load_comparisons, load_prompts, load_seed_tasks, split_by_user
 from data.rankings import report, targets, tokenize
+from data.records import kind_of, read_records
 from data.tokenizer import token_bytes
 from data.verdicts import load_judged
 from scaffold.cli import UserError
@@ -130,13 +124,7 @@ def silently():
 # Records: what each loader promises
 
 def records_in(path):
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    content = raw.decode("utf-8-sig")
-    if content.lstrip().startswith("["):
-        return json.loads(content)
-    return [json.loads(line) for line in content.split("\n") if line.strip()]
+    return [record for _, record in read_records(path)]
 
 
 def check_count(path, kept, printed):
@@ -265,6 +253,18 @@ def check_judged(path, records, printed):
             assert set(mask.tolist()) == {0, 1}
 
 
+def check_documents(path, documents, printed):
+    if kind_of(path) not in (".jsonl", ".json", ".csv", ".tsv"):   # a text
+        return
+    texts = [record.get("text") for record in records_in(path)]
+    with_text = [text for text in texts if text]
+    n_skipped, _ = skipped(printed)
+    assert len(with_text) + n_skipped == len(texts)
+    for document in documents:
+        assert document.strip()
+        assert any(document in text for text in with_text)
+
+
 class Loader(NamedTuple):
     load: Callable    # path -> records
     check: Callable   # (path, records, printed): asserts what the loader promises
@@ -274,9 +274,10 @@ class Loader(NamedTuple):
 
 
 LOADERS = {
-    "chats": Loader(load_chats, check_chats, broken_files.CHATS, 360),
-    "ranked": Loader(load_comparisons, check_comparisons, broken_files.RANKED, 420),
-    "prompts": Loader(load_prompts, check_prompts, broken_files.PROMPTS, 320),
+    "chats": Loader(load_chats, check_chats, broken_files.CHATS, 900),
+    "ranked": Loader(load_comparisons, check_comparisons, broken_files.RANKED, 900),
+    "prompts": Loader(load_prompts, check_prompts, broken_files.PROMPTS, 800),
+    "documents": Loader(text.read_documents, check_documents, broken_files.DOCUMENTS, 300),
     "seeds": Loader(load_seed_tasks, check_seed_tasks, SEED_TASKS, 400, least=8),
     "judged": Loader(load_judged, check_judged, broken_files.JUDGED, 300),
 }
@@ -359,19 +360,20 @@ def test_any_text_loads_or_is_refused(tmp_path):
         path = tmp_path / f"case{case}.txt"
         path.write_bytes(raw)
         corpus = attempt(read_corpus, path)
-        documents = attempt(clean.read_documents, path)
+        documents = attempt(clean.read_sources, path)
         words = attempt(count_words, path)
         # These two refuse a file for one reason alone: it is not UTF-8.
         assert (documents is None) == (words is None)
         if corpus:
             n_loaded += 1
-            pieces = re.split(r"^<\|end\|>\r?(?:\n|\Z)", raw.decode("utf-8-sig"), flags=re.M)
+            string = raw.decode("utf-8-sig")
+            pieces = re.split(r"^<\|(?:end|endoftext)\|>\r?(?:\n|\Z)", string, flags=re.M)
             kept = [p for p in pieces if p.strip()]
             [source] = corpus.result.values()
             assert text_of(source) == "".join(kept)
-            assert documents.result[path] == [p.strip("\r\n") for p in kept]
+            assert documents.result[path.stem] == [p.strip("\r\n") for p in kept]
             with time_limit():
-                clean.clean(documents.result[path])
+                clean.clean(documents.result[path.stem])
         path.unlink()
     assert n_loaded > N_CASES["text"] / 10
     assert n_loaded < N_CASES["text"]
@@ -380,7 +382,7 @@ def test_any_text_loads_or_is_refused(tmp_path):
     ends = b"<|end|>\n" * 50_000
     for raw in (spaces, one_line, ends, bytes(10_000), rng.randbytes(10_000)):
         path.write_bytes(raw)
-        for load in (read_corpus, clean.read_documents, count_words):
+        for load in (read_corpus, clean.read_sources, count_words):
             attempt(load, path)
 
 

@@ -36,6 +36,7 @@ RANKS = {
 EXCEPTIONS = {
     ("data.beam", "gpt"): "beam search needs its KV cache",
     ("data.beam", "sft"): "it renders the chats",
+    ("data.huggingface", "gpt"): "it reads the checkpoint to export",
     ("data.labelers", "gpt"): "simulated labelers rank samples of the SFT model",
     ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",
@@ -44,7 +45,7 @@ EXCEPTIONS = {
     ("self_reward", "lab.judge_quality"): "measures of its table",
 }
 REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
-OPTIONAL = {"safetensors", "matplotlib"}  # imported only where a user asks for them
+OPTIONAL = {"safetensors", "tokenizers", "matplotlib"}  # imported only where a user asks for them
 
 
 class Import(NamedTuple):

@@ -23,7 +23,7 @@ import self_instruct
 import self_reward
 import sft
 from data import probes, verdicts, village
-from data.formats import read_records
+from data.records import read_records
 from data.tokenizer import get_tokenizer
 from data.verdicts import judge_chat, prompt_text
 from lab import judge_quality
@@ -524,8 +524,24 @@ def test_a_judge_that_never_writes_a_score_ends_the_run(files, tmp_path, capsys)
     log = run(files, tmp_path)
     assert [row["stage"] for row in stages(log)] == ["M1", "M1 greedy", "M1 best of 4"]
     assert not any(row.get("round", 0) > 0 for row in log)
-    assert "fewer than 8 pairs" in capsys.readouterr().out
+    assert "fewer than 8 pairs, and the run ends here: no verdict" in capsys.readouterr().out
     assert not (tmp_path / "self_reward" / "M2.pt").exists()
+
+
+@pytest.mark.parametrize("settings, cause", [
+    (dict(pairs="judge"), "the judge no longer sees a difference; try a lower --batch-pairs"),
+    (dict(pairs="judge", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+    (dict(pairs="random", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+    (dict(pairs="gold", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+])
+def test_a_round_with_few_pairs_says_why(files, tmp_path, monkeypatch, capsys, settings, cause):
+    """It has 16 prompts. Only a judge that judged enough prompts is said to see no difference."""
+    def judge(model, enc, prompts, responses, cfg, seed):
+        return [[5.0] * len(row) for row in responses], 1.0
+
+    monkeypatch.setattr(self_reward, "judge", judge)
+    run(files, tmp_path, iterations=1, **settings)
+    assert f"and the run ends here: {cause}\n" in capsys.readouterr().out
 
 
 def test_gold_pairs_never_contradict_gold(files, tmp_path, monkeypatch):

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import pytest
 
 from data import corpus, tasks, village
+from data.formats import load_comparisons, load_prompts
 from data.text import read_corpus
 from data.tokenizer import get_tokenizer
 from data.village import WORDS
-from tiny import read_jsonl
+from tiny import documented_formats, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -697,35 +698,33 @@ def test_the_prompts_to_try_in_the_readme_are_of_this_world():
         assert tasks.read_prompt(prompt)["kind"] != "nonsense", prompt
 
 
-def readme_records():
-    """Return the records that data/README.md shows."""
-    lines = (ROOT / "data" / "README.md").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.startswith('{"')]
+def readme_lines(*scripts):
+    """Return the lines of the formats in data/README.md that these scripts read."""
+    return [line for lines, readers in documented_formats().values() for line in lines
+            if set(scripts) & set(readers)]
 
 
-def last_turn(text):
-    return text if isinstance(text, str) else text[-1]["content"]
-
-
-def test_the_comparisons_in_the_readme_agree_with_gold():
-    n = 0
-    for record in readme_records():
-        if "prompt" not in record:
-            continue
-        task = tasks.read_prompt(last_turn(record["prompt"]))
+def test_the_comparisons_in_the_readme_agree_with_gold(tmp_path):
+    comparisons = load_comparisons(write_jsonl(tmp_path / "r.jsonl", *readme_lines("reward")))
+    for record in comparisons:
+        prompt = record["prompt"][-1]["content"].removeprefix("Task: ")
+        task = tasks.read_prompt(prompt)
         assert task["kind"] != "nonsense", record
-        pair = [record[key] for key in ("chosen", "rejected") if key in record]
-        responses = record.get("responses", pair)
-        ranks = record.get("ranks", range(len(pair)))
-        golds = [village.gold(task, last_turn(response)) for response in responses]
-        by_rank = [gold for _, gold in sorted(zip(ranks, golds))]
+        golds = [village.gold(task, response) for response in record["responses"]]
+        by_rank = [gold for _, gold in sorted(zip(record["ranks"], golds))]
         assert by_rank == sorted(set(by_rank), reverse=True), record
-        n += len(by_rank) > 1
-    assert n > 4
+    assert len(comparisons) > 4
+
+
+def test_the_prompts_in_the_readme_are_of_this_world(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", *[r for r in readme_lines("ppo") if '"prompt"' in r])
+    for record in load_prompts(path):
+        assert tasks.read_prompt(record["prompt"][-1]["content"])["kind"] != "nonsense", record
 
 
 def test_the_tasks_in_the_readme_are_right():
-    shown = [record for record in readme_records() if "instruction" in record]
+    records = [json.loads(r) for r in readme_lines("sft", "self_instruct") if r[:2] == '{"']
+    shown = [r for r in records if "instruction" in r and ("output" in r or "instances" in r)]
     assert len(shown) > 3
     for record in shown:
         for i in record.get("instances", [record]):

@@ -1,7 +1,10 @@
 """Tests of data/text.py: documents, train and validation parts, the mixture, packing."""
 
+import gzip
+import json
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from data.text import (
     checkpoint_text,
     cut,
     draw_rows,
+    find_texts,
     pack,
     predicted,
     read_corpus,
+    read_documents,
     sorted_batches,
     split_documents,
     windows,
@@ -32,6 +37,7 @@ from tiny import (
     random_documents,
     random_ids,
     write_documents,
+    write_jsonl,
 )
 
 
@@ -78,6 +84,8 @@ def test_a_text_cannot_spell_a_special_token(tmp_path):
 
 
 SEPARATORS = {
+    "of GPT-2": ("<|endoftext|>\n", "<|endoftext|>"),
+    "of GPT-2, Windows": ("<|endoftext|>\r\n", ""),
     "Windows": ("<|end|>\r\n", ""),
     "at the end of the file": ("<|end|>\n", "<|end|>"),
     "at the end, with a newline": ("<|end|>\n", "<|end|>\n"),
@@ -112,6 +120,80 @@ def test_sources_and_their_weights(tmp_path):
     assert weights("b=1") == {"a": 0, "b": 1, "c": 0}  # the flag outranks the file
 
 
+def write_texts(path, documents):
+    """Write documents as JSON lines."""
+    return write_jsonl(path, *[{"text": d, "id": i} for i, d in enumerate(documents)])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt.gz"])
+def test_records_with_a_text_and_compressed_texts_are_documents(tmp_path, name):
+    documents = random_documents([3] * 20)
+    write_texts(tmp_path / "lines", documents)
+    rows = "text\n" + "".join(f'"{d}"\n' for d in documents)
+    content = {
+        "a.jsonl": (tmp_path / "lines").read_text(),
+        "a.json": json.dumps([{"text": d} for d in documents]),
+        "a.csv": rows,
+        "a.txt.gz": "<|end|>\n".join(documents),
+    }
+    content["a.jsonl.gz"] = content["a.jsonl"]
+    raw = content[name].encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    [source] = [read_corpus(tmp_path / name, ENC, 16, 0.2)["a"]]
+    assert join_pieces(source.train) + torch.cat(source.val).tolist() == ids_of(documents)
+
+
+def test_a_record_without_a_text_is_skipped_and_a_document_may_hold_separators(tmp_path, capsys):
+    path = write_texts(tmp_path / "a.jsonl", ["a\n<|endoftext|>\nb", None, "", "c", "d", "<|end|>"])
+    assert read_documents(path) == ["a\n", "b", "c", "d"]
+    assert f"{path}: 2 of 6 records skipped: no text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"messages": []}, ":2: expected {\"text\": string}, found ['messages']"),
+    ({"text": 3}, ":2: text: expected a string, found int"),
+])
+def test_a_record_that_is_no_text_is_named(tmp_path, record, message):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "x"}, record)
+    with pytest.raises(UserError) as e:
+        read_documents(path)
+    assert str(e.value) == f"{path}{message}"
+
+
+def test_a_folder_may_mix_kinds_of_files_and_hidden_ones_are_passed_over(tmp_path):
+    documents = random_documents([30] * 3)
+    (tmp_path / "deep").mkdir()
+    write_documents(tmp_path / "a.txt", documents[:1])
+    write_texts(tmp_path / "deep" / "b.jsonl", documents[1:2])
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(documents[2].encode()))
+    (tmp_path / "mixture.json").write_text('{"a": 1, "deep/b": 2, "c": 3}')
+    for hidden in ("._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "deep/.cache/x.jsonl"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"\0\xff\xfe")
+    (tmp_path / "folder.txt").mkdir()
+    sources = read_corpus(tmp_path, ENC, 16, 0.2)
+    assert {name: s.weight for name, s in sources.items()} == {"a": 1, "c": 3, "deep/b": 2}
+    assert list(find_texts(tmp_path)) == ["a", "c", "deep/b"]
+
+
+def test_a_folder_below_a_hidden_one_can_be_named(tmp_path):
+    write_documents(tmp_path / ".data" / "a.txt", random_documents([30]))
+    assert list(read_corpus(tmp_path / ".data", ENC, 16, 0.2)) == ["a"]
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match="a.txt and .*a.jsonl: two sources of the same name"):
+        find_texts(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_text_with_a_mark_is_read(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("牛 says\n".encode(encoding))
+    assert read_documents(tmp_path / "a.txt") == ["牛 says\n"]
+
+
 def test_two_files_of_one_name_in_two_folders_are_both_read(tmp_path):
     documents = random_documents([20, 20])
     for folder, document in zip("xy", documents):
@@ -125,7 +207,7 @@ BAD_CORPORA = {  # file, mixture -> what the error must contain
     ("gone.txt", ""): ["gone.txt"],
     ("empty.txt", ""): ["empty.txt", "0 tokens"],
     ("no_txt", ""): ["no_txt", "*.txt"],
-    ("short.txt", ""): ["short.txt", "--block-size"],
+    ("short.txt", ""): ["short.txt", "81 are needed"],
     ("latin.txt", ""): ["latin.txt", "byte 9", "iconv"],
     ("good", "b=1"): ["'b'", "'a'"],
     ("good", "a"): ["--mixture", "name=weight"],
@@ -156,6 +238,29 @@ def test_a_bad_corpus_is_named(tmp_path, file, mixture):
     assert "\n" not in str(e.value)
     for part in BAD_CORPORA[file, mixture]:
         assert part in str(e.value), e.value
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 0.5, 0.9])
+def test_the_numbers_named_for_a_short_text_are_exact(tmp_path, share):
+    """The needed tokens suffice, and so does the context; one token more is refused."""
+    path = tmp_path / "a.txt"
+
+    def write(n):
+        path.write_text(ENC.decode(ENC.encode_ordinary(" cow") * (n - 1)))
+
+    write(90)
+    with pytest.raises(UserError, match="90 tokens are too few") as e:
+        read_corpus(path, ENC, 128, share)
+    needed, most = re.search(r"([\d,]+) are needed.* of at most (\d+)", str(e.value)).groups()
+    read_corpus(path, ENC, int(most), share)
+    with pytest.raises(UserError, match="90 tokens are too few"):
+        read_corpus(path, ENC, int(most) + 1, share)
+    needed = int(needed.replace(",", ""))
+    write(needed)
+    read_corpus(path, ENC, 128, share)
+    write(needed - 1)
+    with pytest.raises(UserError, match=f"{needed - 1} tokens are too few"):
+        read_corpus(path, ENC, 128, share)
 
 
 @pytest.mark.parametrize("separator", ["<|end|>\n", "<|end|>\r\n"], ids=["Unix", "Windows"])

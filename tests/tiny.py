@@ -7,6 +7,7 @@ a file whose tests draw random tensors has `pytestmark = pytest.mark.usefixtures
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -116,6 +117,14 @@ def write_jsonl(path, *records):
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def documented_formats():
+    """Return {format: (two lines, scripts)} of the table of formats in data/README.md."""
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \| `(.+)` <br> `(.+)` \| (.+) \|$", text, re.M)
+    return {name: ([a.replace("\\|", "|"), b.replace("\\|", "|")], scripts.split(", "))
+            for name, a, b, scripts in rows}
 
 
 def read_jsonl(path):

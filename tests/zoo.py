@@ -827,9 +827,9 @@ MUTANTS = [
     # Self-Instruct and self-rewarding.
     Mutant(
         name="rouge-case",
-        file="self_instruct.py",
-        old="text.lower()).split()",
-        new="text).split()",
+        file="data/words.py",
+        old="text = text.lower()",
+        new="text = str(text)",
         bug="ROUGE without lower case: a capital makes a word new",
         published="promptfoo PR #9739",
         tests="self_instruct"),
