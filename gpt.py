@@ -193,8 +193,8 @@ class GPT(nn.Module):
             model.load_state_dict(body)
             return model
         except Exception as e:   # a corrupt file can fail in many ways; report them alike
-            reason = f"{type(e).__name__}: {brief(e)}"
-            raise UserError(f"{where}: its weights do not fit its sizes ({reason})") from None
+            reason = brief(repr(e))
+            raise UserError(f"{where}: its weights are damaged or do not fit ({reason})") from None
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
@@ -258,7 +258,7 @@ class KVCache:
 
 def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     """Sample one id per row, (B, V) -> (B,), after top_k and top_p; temperature 0 is greedy."""
-    if temperature == 0:
+    if temperature < 1e-6:   # smaller ones would make the logits infinite
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -399,8 +399,9 @@ def first_model(cfg, device):
 
 
 def main(cfg):
-    require(cfg, 1, "steps", "batch_tokens", "block_size", "n_layer", "n_head", "n_embd",
-            "eval_every")
+    require(cfg, 1, "steps", "batch_tokens", "n_head", "n_embd", "eval_every")
+    require(cfg, 2, "block_size")
+    require(cfg, 1, "n_layer", most=1000)
     require(cfg, 0, "lr", "weight_decay", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "schedule", "cosine", "constant")
@@ -440,7 +441,7 @@ def main(cfg):
     save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data,
                val_fraction=cfg.val_fraction, mixture=cfg.mixture, val_loss=row["val_loss"])
     run.finish()
-    prompt = next(iter(sources.values())).val[0][:8].tolist()
+    prompt = next(iter(sources.values())).val[0][:min(8, T - 1)].tolist()
     sample = generate(model, [prompt], 60, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0]
     print(f"--- a sample\n{enc.decode(prompt)}|{enc.decode(sample)}")
     print(f"---\nsaved {out / 'gpt.pt'}; next: python sft.py --out {out}")

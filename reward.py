@@ -21,6 +21,7 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
 Half a minute on two CPU cores, sampling included. Trains OUT/sft.pt first if it is missing. Next:
 gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
 """
+import math
 import random
 from dataclasses import dataclass
 
@@ -188,17 +189,27 @@ def batch_loss(model, comparisons, device, cfg):
 
 
 def normalise(model, policy, enc, records, cfg):
-    """Set mean and std so that samples of the fine-tuned model score with mean 0 and std 1."""
+    """Set mean and std so that samples of the fine-tuned model score with mean 0 and std 1.
+
+    Raw scores are log-odds. A std below 0.1 says that the model has learned too little to tell the
+    samples apart, so the scores are divided by 0.1 at least.
+    """
     fitting = sft.fit_prompts(records, enc, policy.config.block_size - 1)
     chats = [r["prompt"] for r in fitting[:cfg.normalise_on]]
-    if len(chats) < 2:
-        raise UserError(f"--normalise-on: {len(chats)} prompts fit the context; 2 are needed")
+    if len(chats) < 16:
+        print(f"warning: only {len(chats)} prompts to measure the scale of the scores on; "
+              f"16 or more are better")
+        chats = chats * math.ceil(16 / len(chats))   # several samples of each
     responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     model.mean.zero_()
     model.std.fill_(1)
     scores = torch.tensor(score_responses(model, enc, chats, responses))
+    std = scores.std(correction=0)
+    if std < 0.1:
+        print(f"warning: samples of the fine-tuned model score nearly the same (std {std:.3f}); "
+              f"bring more comparisons, or train for more --epochs")
     model.mean.fill_(scores.mean())
-    model.std.fill_(scores.std(correction=0).clamp(min=1e-3))
+    model.std.fill_(std.clamp(min=0.1))
 
 
 def load_reward(path, device="cpu"):
@@ -251,8 +262,7 @@ def batch_plan(sizes, cfg, rng):
 
 
 def main(cfg):
-    require(cfg, 1, "epochs", "batch_prompts", "max_new_tokens")
-    require(cfg, 2, "normalise_on")
+    require(cfg, 1, "epochs", "batch_prompts", "max_new_tokens", "normalise_on")
     require(cfg, 0, "lr", most=10)
     choose(cfg, "loss", "ranking", "token-margin", "regression")
     device = pick_device(cfg.device)
@@ -266,6 +276,10 @@ def main(cfg):
     body, _, base = gpt.load_model(cfg.init or out / "sft.pt", device)
     checkpoint.check_readable(tuned_state, base, f"--init {cfg.init}")
     train, val = ranked_data(cfg, out, enc, tuned.config.block_size)
+    records = sft.fit_prompts([c.record for c in train], enc, tuned.config.block_size - 1)
+    if not records:
+        raise UserError(f"{cfg.data}: no prompt fits the context of {tuned.config.block_size} "
+                        f"tokens; pretrain with a larger --block-size")
     set_seed(cfg.seed)   # again: making the rankings used random numbers
     model = RewardModel(body, enc.encode_single_token("<|assistant|>")).to(device)
     model.weight.requires_grad_(cfg.logprobs)
@@ -283,7 +297,7 @@ def main(cfg):
         norm = run.take_step(loss, optimizer, model, lr_at(step, len(plan), cfg.lr), plan[step])
         run.log(step=step, loss=loss.item(), grad_norm=norm)
         run.bar.set_postfix(loss=f"{loss.item():.3f}")
-    normalise(model, tuned, enc, [c.record for c in train], cfg)
+    normalise(model, tuned, enc, records, cfg)
     save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"],
                     tokenizer=base["tokenizer"], fingerprint=base["fingerprint"], seed=cfg.seed,
                     loss=cfg.loss)

@@ -389,7 +389,7 @@ def main(cfg):
               history=history, fresh=fresh)
     if not run.resumed:
         ended.unlink(missing_ok=True)
-        run.log(config=vars(cfg))
+        run.log(config=vars(cfg) | {"resume": False})   # the same for a run killed before this
     m1 = first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft)
     policy.load_state_dict(m1.state_dict())
     judge_model = m1 if cfg.frozen_judge else policy

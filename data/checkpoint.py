@@ -4,7 +4,7 @@ import torch.nn as nn
 
 from data.huggingface import knows_special_tokens
 from data.tokenizer import SPECIAL, fingerprint, get_tokenizer
-from scaffold.cli import UserError
+from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint
 
 
@@ -42,6 +42,9 @@ def tokenizer_of(state, path):
         name = state["tokenizer"] or "data/tokenizer.json"
         raise UserError(f"{path}: {name} has changed since this checkpoint was trained; "
                         f"restore the old one, or train again")
+    rows = state["gpt"].get("vocab_size") if isinstance(state["gpt"], dict) else None
+    if rows != enc.n_vocab:
+        raise UserError(f"{path}: embeds {brief(rows)} tokens, but its tokenizer has {enc.n_vocab}")
     return enc
 
 
@@ -62,15 +65,22 @@ def check_readable(writer, reader, name):
 def body_weights(config, weights):
     """Return the weights of the GPT itself; for a reward model, those below the head.
 
-    Raises ValueError, or another exception, if the sizes differ from the config. Call it before
-    building the model, because a damaged size could demand all available memory.
+    Raises ValueError, or another exception, if the sizes differ from the config, or if the weights
+    would give NaN. Call it before building the model, because a damaged size could demand all
+    available memory.
     """
     body = {k[5:]: v for k, v in weights.items() if k.startswith("body.")} or weights
     V, T, C = config.vocab_size, config.block_size, config.n_embd
     shapes = (body["wte.weight"].shape, body["wpe.weight"].shape)
-    last = f"h.{config.n_layer - 1}.ln_1.weight"
-    if shapes != ((V, C), (T, C)) or last not in body or config.n_head < 1:
+    blocks = all(body[f"h.{i}.mlp.c_fc.weight"].shape == (4 * C, C) for i in range(config.n_layer))
+    if shapes != ((V, C), (T, C)) or not blocks or config.n_head < 1:
         raise ValueError("other vocabulary, context, width, depth or heads")
+    for name, tensor in weights.items():
+        # No weight of a working model is near 10,000. With larger ones a square may be infinite.
+        if tensor.is_floating_point() and not tensor.abs().amax() < 1e4:
+            raise ValueError(f"{name} has NaN, infinite or huge numbers")
+    if "std" in weights and not weights["std"] > 0:   # of a reward model, which divides by it
+        raise ValueError("std must be above 0")
     return body
 
 

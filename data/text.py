@@ -153,9 +153,10 @@ def read_weights(path, mixture):
         if not mixture:
             form = 'expected a JSON object such as {"books": 2, "web": 1}'
         raise UserError(f"{origin}: {form}") from None
-    valid = all(w >= 0 for w in weights.values()) and 0 < sum(weights.values()) < math.inf
-    if weights and not valid:
-        raise UserError(f"{origin}: weights must be 0 or more, and not all 0")
+    # Token counts may be weights, too. Beyond these bounds, quotients of weights are not exact.
+    valid = all(w == 0 or 1e-9 <= w <= 1e15 for w in weights.values())
+    if weights and not (valid and any(weights.values())):
+        raise UserError(f"{origin}: weights must be 0, or from 1e-9 to 1e15, and not all 0")
     return weights, origin
 
 
@@ -166,17 +167,23 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     weights are `mixture` ('books=2,web=1'), else those of the folder's mixture.json, else the
     sizes. Raises UserError for a text that is missing or too short.
     """
+    share = min(val_fraction, 1 - val_fraction)   # of the smaller part
+    if not share > 0:   # this form also refuses nan
+        raise UserError(f"--val-fraction {val_fraction}: must be above 0 and below 1")
     end = end_of(enc)
     sources = {}
     for name, file in find_texts(path).items():
         documents = [torch.tensor(enc.encode_ordinary(text) + [end], dtype=torch.int32)
                      for text in read_documents(file)]
         total = sum(map(len, documents))
-        smaller = total * min(val_fraction, 1 - val_fraction)
-        if not smaller > block_size:   # this form also refuses nan
+        smaller = total * share
+        if not smaller > block_size:
+            most = math.ceil(smaller) - 1   # the longest context that this text allows
+            shorter = f", or a --block-size of at most {most}" if most > 1 else ""
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction "
-                            f"{val_fraction} both parts must exceed one block of {block_size} "
-                            f"tokens; use more text, or a smaller --block-size")
+                            f"{val_fraction} and a context of {block_size} tokens, "
+                            f"{math.floor(block_size / share) + 1:,} are needed; use more text"
+                            f"{shorter}")
         train, val = split_validation(documents, math.ceil(total * val_fraction))
         pieces = [piece for document in train for piece in cut(document, block_size)]
         sources[name] = Source(pieces, val, sum(map(len, train)))
@@ -203,17 +210,32 @@ def checkpoint_text(path, enc, block_size, other=""):
     kinds = dict(data=str, val_fraction=float, mixture=str)
     known = isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in kinds.items())
     if not known:
-        raise UserError(f"{path}: does not name the text it was pretrained on; "
-                        f"make it with: python gpt.py --out {Path(path).parent}")
-    if not os.path.exists(state["data"]):
-        raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; "
-                        f"restore it, or pretrain again")
-    return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
+        raise UserError(f"{path}: does not name the text it was pretrained on; {WITHOUT_TEXT}")
+    text = find_remembered(state["data"], path)
+    return read_corpus(text, enc, block_size, state["val_fraction"], state["mixture"])
+
+
+WITHOUT_TEXT = "name a text with --text, or do without it: --ptx 0"
+
+
+def find_remembered(name, path):
+    """Return the file or folder that the checkpoint `path` names, there or beside the checkpoint.
+
+    After out/ was moved, out/data/pretrain is data/pretrain beside the checkpoint. Raises UserError
+    if there is none, and for a device or a pipe, which might never end.
+    """
+    parts = Path(name).parts
+    beside = [Path(path).parent.joinpath(*parts[i:]) for i in range(len(parts))]
+    for place in [name, *beside]:
+        if os.path.isfile(place) or os.path.isdir(place):   # Path.is_file raises for a long name
+            return Path(place)
+    raise UserError(f"{path}: its pretraining text is gone: {brief(name)}; restore it, "
+                    f"{WITHOUT_TEXT}")
 
 
 def text_files(path, other=""):
     """Return the files and folders that decide what checkpoint_text returns."""
-    return [other] if other else [path, load_checkpoint(path)["data"]]
+    return [other] if other else [path, find_remembered(load_checkpoint(path)["data"], path)]
 
 
 def draw_rows(sources, drawn, n_tokens, T, rng):

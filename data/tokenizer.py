@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import tiktoken
@@ -24,8 +25,11 @@ def check_pattern(pattern):
     """Raise ValueError unless the pattern matches every character and never the empty string.
 
     tiktoken drops characters that do not match, and panics at an empty match. In this vocabulary
-    of bytes the empty string has an id, so an empty match shows up instead.
+    of bytes the empty string has an id, so an empty match shows up instead. A pattern that calls
+    itself can exhaust the stack on a long text, which ends the process.
     """
+    if re.search(r"\\g<|\(\?(R|P>|&)", pattern):
+        raise ValueError("its pattern must not call itself")
     ranks = {bytes([b]): b for b in range(256)} | {b"": 256}
     enc = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     ids = enc.encode_ordinary(PROBE)

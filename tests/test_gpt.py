@@ -74,6 +74,15 @@ def test_greedy_generation_equals_a_loop_without_cache(lengths, bias):
     assert gpt.generate(model, prompts, 30, temperature=0) == want
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-45, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Logits divided by it would be infinite, and their softmax NaN."""
+    model = random_gpt(dtype=torch.float32)
+    prompts = random_ids([3, 9])
+    greedy = gpt.generate(model, prompts, 12, temperature=0)
+    assert gpt.generate(model, prompts, 12, temperature=temperature) == greedy
+
+
 def test_rows_that_stop_leave_the_others_alone():
     """Every token that occurs is tried as the stop token, so rows stop in many orders.
 
@@ -698,6 +707,13 @@ def test_pretraining_learns_and_saves_what_it_measured(tmp_path, capsys):
     assert bits == pytest.approx(rows[-1]["bits_per_byte"])
 
 
+@pytest.mark.parametrize("block_size", [2, 3, 8])
+def test_a_short_context_is_enough_to_finish(tmp_path, capsys, block_size):
+    """The sample at the end starts with 8 tokens, or fewer if they fill the context."""
+    pretrain(tmp_path, "a", block_size=block_size, steps=2)
+    assert "--- a sample" in capsys.readouterr().out
+
+
 def test_pretraining_starts_from_pretrained_weights(tmp_path, capsys):
     model = random_gpt(vocab=ENC.n_vocab, block=48, dtype=torch.float32)
     model.save_pretrained(tmp_path / "hub")
@@ -752,6 +768,7 @@ BAD_FLAGS = {  # arguments -> what the line must contain
     "--steps 0": ["--steps 0"],
     "--eval-every 0": ["--eval-every 0"],
     "--batch-tokens 0": ["--batch-tokens 0"],
+    "--block-size 1": ["--block-size 1", "at least 2"],
     "--val-fraction 0": ["--val-fraction 0"],
     "--out text.txt": ["text.txt"],
 }

@@ -384,13 +384,25 @@ def test_normalised_scores_of_sft_samples_have_mean_0_and_std_1(model):
     torch.testing.assert_close(scores(), after, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_too_few_samples_to_normalise_on_are_an_error_not_nan(model, n):
-    """The std of no sample is NaN and that of one is 0: every later score would be wrong."""
-    records = [dict(prompt=[user(p)]) for p in PROMPTS]
-    cfg = reward.Config(normalise_on=n, max_new_tokens=8)
-    with pytest.raises(UserError, match="--normalise-on"):
-        reward.normalise(model, tiny_gpt(1), ENC, records, cfg)
+@pytest.mark.parametrize("n", [1, 2, 15])
+def test_a_few_prompts_give_several_samples_each(model, n, capsys):
+    """The std of one sample is 0: every later score would be wrong."""
+    records = [dict(prompt=[user(p)]) for p in (PROMPTS * 2)[:n]]
+    reward.normalise(model, tiny_gpt(1), ENC, records, reward.Config(max_new_tokens=8))
+    assert f"warning: only {n} prompts" in capsys.readouterr().out
+    assert 0.1 <= model.std.item() < 5
+
+
+def test_the_scale_of_a_model_that_has_learned_nothing_is_bounded(model, capsys):
+    """A std of 0.004 would turn a difference of nothing into scores of 36."""
+    with torch.no_grad():
+        model.head.weight.mul_(1e-3)
+        model.weight.weight.zero_()
+    records = [dict(prompt=[user(p)]) for p in PROMPTS * 4]
+    reward.normalise(model, tiny_gpt(1), ENC, records, reward.Config(max_new_tokens=8))
+    assert model.std.item() == pytest.approx(0.1)
+    assert "warning: samples of the fine-tuned model score nearly the same" in (
+        capsys.readouterr().out)
 
 
 def test_a_saved_and_loaded_model_gives_the_same_scores(model, tmp_path):

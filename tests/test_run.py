@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,70 @@ def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="not a readable checkpoint"):
             load_checkpoint(path)
+
+
+def test_nan_is_never_saved(tmp_path):
+    """The last step of a run may make the weights NaN; no later step would notice."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model={"w": torch.ones(3)})
+    before = path.read_bytes()
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(Diverged, match="c.pt: not saved.*--lr"):
+            save_checkpoint(path, model={"a": [torch.ones(2), (torch.tensor([1, bad]),)]})
+    assert contents(tmp_path) == {"c.pt": before}
+
+
+def shared_lists():
+    """Return lists that hold each other twice: 2^60 elements if one does not look out."""
+    part = [torch.ones(3)]
+    for _ in range(60):
+        part = [part, part]
+    return part
+
+
+def repack(path, compression):
+    """Write a checkpoint's archive again with another compression."""
+    with zipfile.ZipFile(path) as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+
+
+EXPANDED = {
+    "a repeated number": torch.zeros(1).expand(2**30),
+    "repeated rows": torch.zeros(1, 2**14).expand(2**16, -1),
+    "views of one storage": [torch.zeros(2**14)[:].view(2**7, -1) for _ in range(1)] * 9,
+    "no storage": torch.zeros(2**30, device="meta"),
+}
+
+
+@pytest.mark.parametrize("tensors", EXPANDED.values(), ids=EXPANDED)
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_small_file_cannot_hold_large_tensors(tmp_path, tensors, new_format):
+    """A weight that repeats one number is 4 GB as soon as a model copies it."""
+    path = tmp_path / "c.pt"
+    torch.save({"model": tensors}, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match="c.pt: not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_tied_and_nested_tensors_are_read(tmp_path):
+    path = tmp_path / "c.pt"
+    weight = torch.randn(9, 9)
+    torch.save({"model": [weight, weight], "nested": shared_lists()}, path)
+    assert torch.equal(load_checkpoint(path)["model"][1], weight)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """A thousandth of its size on disk."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, weight=torch.zeros(10**6))
+    repack(path, zipfile.ZIP_STORED)
+    load_checkpoint(path)
+    repack(path, zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_checkpoint(path)
 
 
 def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
@@ -251,6 +316,66 @@ def test_a_damaged_state_is_replaced_by_the_one_before(whole, tmp_path, capsys, 
     if how != "gone":
         assert "warning" in shown.err
         assert "small.state" in shown.err
+
+
+def change_state(path, **changes):
+    """Exchange entries of a state file (None removes one); parts of parts are merged."""
+    state = load_checkpoint(path)
+    for key, value in changes.items():
+        state[key] = state[key] | value if isinstance(value, dict) and value else value
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+
+
+OTHER_STATES = {
+    "no parts": dict(parts=None),
+    "empty parts": dict(parts={}),
+    "a list of parts": dict(parts=[]),
+    "other weights": dict(parts={"model": {"w": torch.zeros(3)}}),
+    "a number for the weights": dict(parts={"model": 5}),
+    "a weight of another size": dict(parts={"model": {"0.weight": torch.zeros(2, 2)}}),
+    "no optimizer": dict(parts={"optimizer": {}}),
+    "another generator": dict(parts={"rng": (1, 2, 3)}),
+    "no counts": dict(parts={"counts": None}),
+    "no random states": dict(random={"torch": None}),
+    "empty random states": dict(random={}),
+    "a random state of floats": dict(random={"torch": torch.zeros(9)}),
+    "settings in a list": dict(settings=[]),
+    "a step after the last": dict(step=21),
+    "a step before the first": dict(step=-1),
+    "a step in words": dict(step="twelve"),
+    "a step of 1e9 digits": dict(step=1e300),
+    "a negative log": dict(log_bytes=-1),
+    "no time": dict(seconds=None),
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_STATES.values(), ids=OTHER_STATES)
+def test_a_state_of_another_shape_is_replaced_by_the_one_before(whole, tmp_path, capsys, changes):
+    killed(tmp_path, 14)
+    change_state(tmp_path / "small.state", **changes)
+    assert same(small(tmp_path, resume=True), whole)
+    shown = capsys.readouterr()
+    assert "at step 8 of 20" in shown.out
+    [line] = [x for x in shown.err.splitlines() if "warning" in x]
+    assert "small.state: not" in line
+
+
+@pytest.mark.parametrize("changes", OTHER_STATES.values(), ids=OTHER_STATES)
+def test_two_states_of_another_shape_are_an_error(tmp_path, changes):
+    killed(tmp_path, 14)
+    for name in ("small.state", "small.state.old"):
+        change_state(tmp_path / name, **changes)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="neither this state nor the one before"):
+        small(tmp_path, resume=True)
+    assert before == contents(tmp_path)
+
+
+@pytest.mark.parametrize("content", [5, [], {"settings": []}, None, "state", torch.zeros(2)])
+def test_what_is_no_state_is_replaced_by_the_one_before(whole, tmp_path, content):
+    killed(tmp_path, 14)
+    torch.save(content, tmp_path / "small.state")
+    assert same(small(tmp_path, resume=True), whole)
 
 
 def test_two_damaged_states_are_an_error_and_are_kept(tmp_path):

@@ -467,6 +467,17 @@ def test_the_same_seed_gives_the_same_log(files, tmp_path):
     assert first[1:] == second[1:]
 
 
+def test_a_run_killed_before_its_first_state_resumes_to_the_same_log(files, tmp_path):
+    """Byte for byte, the settings in its first row included."""
+    whole = run(files, tmp_path, pairs="random")
+    path = tmp_path / "self_reward-pairs-random.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    (tmp_path / "self_reward" / "pairs-random-M3.pt").unlink()
+    assert run(files, tmp_path, pairs="random", resume=True) == whole
+    assert path.read_bytes() == before
+
+
 def test_variants_share_m1_until_its_settings_change(files, tmp_path, capsys):
     run(files, tmp_path, pairs="random", iterations=1)
     path = tmp_path / "self_reward" / "M1.pt"
