@@ -4,7 +4,7 @@ Rows: base (the pretrained model, prompted with plain text), sft and every other
 temperature 1 and greedy, and the best of n sft samples by the reward model.
 
     gold         the mean grade, -2 to 1: helpful (0..1), less for what is wrong, made up or rude
-    new words    the same over prompts whose wording stands nowhere in the training data
+    new words    the same over prompts whose wording appears nowhere in the training data
     win rate     share of prompts where the response beats a sample of sft by gold; ties count half
     refused      share of the prompts with one right answer that get "I do not know."
     right        share of them that get it, whole or lazy; wrong is the rest

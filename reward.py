@@ -52,8 +52,8 @@ class Config(RunConfig):
     probe: str = ""              # pairs to score with the finished OUT/reward.pt; no training
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
-    logprobs: bool = True        # add the weighed log-probs of the response to the score
-    epochs: int = 2              # more learn the labelers' noise by heart
+    logprobs: bool = True        # add the weighted log-probs of the response to the score
+    epochs: int = 2              # more memorise the labelers' noise
     lr: float = 5e-4             # peak learning rate, cosine to a tenth
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
     normalise_on: int = 256      # prompts whose sampled responses define mean 0 and std 1
@@ -67,7 +67,7 @@ class RewardModel(nn.Module):
 
         score at t  =  head(h_t)  +  sum over i <= t of weight(h_i) * log p(x_i | x_<i)
 
-    InstructGPT has the first term. From it a small model learns style and no facts: to see that
+    InstructGPT has the first term. With it alone, a small model learns style but no facts: to see that
     "The cow says meh." is wrong, it needs what it expected in place of "meh", and only its last
     block knows that. The second term, over the tokens after the last `assistant` token, tells how
     likely each of them was. Its weights start at 0.
