@@ -67,10 +67,10 @@ class RewardModel(nn.Module):
 
         score at t  =  head(h_t)  +  sum over i <= t of weight(h_i) * log p(x_i | x_<i)
 
-    InstructGPT has the first term. With it alone, a small model learns style but no facts: to see that
-    "The cow says meh." is wrong, it needs what it expected in place of "meh", and only its last
-    block knows that. The second term, over the tokens after the last `assistant` token, tells how
-    likely each of them was. Its weights start at 0.
+    InstructGPT has the first term. With it alone, a small model learns style but no facts: to see
+    that "The cow says meh." is wrong, it needs what it expected in place of "meh", and only its
+    last block knows that. The second term, over the tokens after the last `assistant` token, tells
+    how likely each of them was. Its weights start at 0.
     """
 
     def __init__(self, body, assistant=-1):
