@@ -283,9 +283,8 @@ def main(cfg):
         run.log(step=step, loss=loss.item(), grad_norm=norm)
         run.bar.set_postfix(loss=f"{loss.item():.3f}")
     normalise(model, tuned, enc, [c.record for c in train], cfg)
-    save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"],
-                    tokenizer=base["tokenizer"], fingerprint=base["fingerprint"], seed=cfg.seed,
-                    loss=cfg.loss)
+    save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], seed=cfg.seed,
+                    loss=cfg.loss, **checkpoint.tokenizer_entries(enc, base["tokenizer"]))
     gold = load_grader(cfg.gold, [c.record for c in train + val])
     words = word_scores(train)
     names = split_names([c.record for c in train], [c.record for c in val])

@@ -130,13 +130,17 @@ def keep_best(best, model, quality, **about):
 
 
 def digest(paths):
-    """Return a checksum of the files a run reads, folders included; empty paths are skipped."""
+    """Return a checksum of the files a run reads; empty paths are skipped.
+
+    Of a folder the names of its files count, too. Where the file or the folder stands does not.
+    """
     crc = 0
     for path in map(Path, filter(None, paths)):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
             if file.is_file():
-                crc = zlib.crc32(file.name.encode() + file.read_bytes(), crc)
+                name = os.fsencode(file.relative_to(path))
+                crc = zlib.crc32(name + file.read_bytes(), crc)
     return f"{crc:08x}"
 
 
@@ -248,6 +252,8 @@ class Run:
         self.log_path = folder / f"{name}.jsonl"
         excluded = ("out", "resume", "save_every", "device")
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
+        read = {Path(path) for path in inputs if path}   # of these only the content counts
+        self.settings |= {k: "a file" for k, v in self.settings.items() if v and Path(v) in read}
         self.settings |= {"processes": str(world_size()), "files": digest(inputs)}
         self.start = time.time()
         self.saved_at = None   # step of the last saved state

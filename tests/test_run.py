@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,6 +356,50 @@ def test_a_run_cannot_be_resumed_with_other_files(tmp_path, edit):
     unlock(tmp_path / "out")
     write_data()
     train(resume=True)
+
+
+PLACES = {
+    "relative": lambda p: os.path.relpath(p),
+    "with a detour": lambda p: f"{p.parent}/../{p.parent.name}/./{p.name}",
+    "a copy of another name": lambda p: shutil.copytree(p, p.with_name("copy")),
+    "a link": lambda p: p.with_name("link").symlink_to(p) or p.with_name("link"),
+    "moved": lambda p: p.rename(p.with_name("moved")),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_run_can_be_resumed_with_the_same_files_at_another_place(tmp_path, place, kind):
+    """A flag may name them by any path, and their names may differ, but not those in a folder."""
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "a.txt").write_text("a")
+    (data / "deep" / "b.txt").write_text("b")
+
+    def train(folder, resume, **flags):
+        path = str(folder) + "/a.txt" * (kind == "file")
+        cfg = SimpleNamespace(out=str(tmp_path / "out"), save_every=1, resume=resume,
+                              **dict(data=path, val="") | flags)
+        run = Run(cfg, "small", [cfg.data, cfg.val], seen=[])
+        for step in run.steps(5):
+            if step == 3 and not resume:
+                break
+        unlock(tmp_path / "out")
+        return run
+
+    train(data, resume=False)
+    with pytest.raises(UserError, match="started with --val , not a file"):
+        train(data, resume=True, val=str(data / "deep" / "b.txt"))
+    unlock(tmp_path / "out")
+    assert train(place(data), resume=True).resumed
+
+
+def test_a_file_that_moves_inside_a_folder_changes_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    before = digest([tmp_path])
+    (tmp_path / "a.txt").rename(tmp_path / "deep" / "a.txt")
+    assert digest([tmp_path]) != before
 
 
 def test_the_digest_leaves_out_empty_paths(tmp_path):
