@@ -38,6 +38,8 @@ def save_chat(path, messages):
             f.write(json.dumps({"messages": messages}) + "\n")
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; name another file") from None
+    except ValueError as e:   # NUL, or a letter that the file names of this system cannot have
+        raise UserError(f"{path!r}: {e}; name another file") from None
 
 
 def load_chats(path, seed=0):

@@ -161,6 +161,8 @@ def start(main, cls, doc, distributed=False):
 
     distributed: whether torchrun may run the script in several processes.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")   # a console that is not UTF-8 prints "?"
     try:
         cfg = parse(cls, doc)
         if "RANK" in os.environ and not distributed:

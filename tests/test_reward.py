@@ -646,6 +646,20 @@ def test_training_orders_the_responses_of_users_it_never_saw(train, loss):
     assert model.mean != 0
 
 
+@pytest.mark.parametrize("name", ["print_row", "print_widest"])
+def test_a_report_that_cannot_be_printed_leaves_a_finished_run(train, monkeypatch, tmp_path, name):
+    def fail(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(reward, name, fail)
+    with pytest.raises(BrokenPipeError):
+        train(epochs=1)
+    [out] = tmp_path.glob("run*")
+    assert len([row for row in read_jsonl(out / "reward.jsonl") if "split" in row]) == 2
+    assert (out / "reward.pt").exists()
+    assert not list(out.glob("*.state*"))
+
+
 def test_a_reward_model_carries_its_tokenizer(train, tmp_path, checkpoints):
     """Even one that was made from an older checkpoint, which only names it."""
     folder = tmp_path / "old"
