@@ -94,13 +94,29 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint ({kind}); train it again") from None
 
 
+def finite(value):
+    """Replace NaN and infinite numbers by None, in nested dicts and lists, too."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def json_line(row, **options):
+    """Return one line of strict JSON: it has no NaN, which Python would write and few can read."""
+    return json.dumps(finite(row), allow_nan=False, **options) + "\n"
+
+
 def log_metrics(path, fresh=False, **row):
     """Append one JSON object to a metrics file; `fresh` empties the file first."""
     if rank() == 0:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w" if fresh else "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json_line(row))
 
 
 def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):

@@ -22,12 +22,14 @@ import torch
 import torch.nn as nn
 
 import gpt
+from data.formats import write_records
 from scaffold.cli import UserError, start
 from scaffold.run import (
     Diverged,
     Run,
     digest,
     ensure_stage,
+    json_line,
     load_checkpoint,
     log_metrics,
     save_checkpoint,
@@ -117,6 +119,40 @@ def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
     assert read_jsonl(path) == [{"step": 0}, {"step": 1, "loss": 2.5}]
     log_metrics(path, fresh=True, step=9)
     assert read_jsonl(path) == [{"step": 9}]
+
+
+def strict(text):
+    """Read JSON as JavaScript, jq and Rust do: NaN and Infinity are errors."""
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+NUMBERS = {
+    "a number": (0.5, 0.5),
+    "NaN": (math.nan, None),
+    "infinity": (math.inf, None),
+    "in a list": ([1.0, [-math.inf], (math.nan, 2)], [1.0, [None], [None, 2]]),
+    "in a dict": ({"a": {"b": math.nan, "c": [math.nan]}}, {"a": {"b": None, "c": [None]}}),
+    "of numpy": (np.float64("nan"), None),
+    "half a surrogate pair": ("猫 \ud800", "猫 \ud800"),
+    "others": ([True, None, 7, "NaN", "猫"], [True, None, 7, "NaN", "猫"]),
+}
+
+
+@pytest.mark.parametrize("value, want", NUMBERS.values(), ids=NUMBERS)
+def test_logs_and_records_are_strict_json(tmp_path, value, want):
+    log_metrics(tmp_path / "log.jsonl", step=0, value=value)
+    write_records(tmp_path / "records.jsonl", [{"step": 0, "value": value}] * 2)
+    for name in ("log", "records"):
+        lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [strict(line) for line in lines] == [{"step": 0, "value": want}] * len(lines)
+
+
+def test_only_numbers_that_are_none_change_a_line():
+    row = {"é": [0.1 + 0.2, 1e-30, -0.0, 10**20], "b": "\ud800 猫"}
+    assert json_line(row) == json.dumps(row) + "\n"
 
 
 def test_the_seed_decides_the_numbers_of_all_generators():
