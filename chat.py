@@ -173,7 +173,7 @@ def run_command(line, messages):
         return [{"role": "system", "content": argument}, *turns] if argument else turns
     if name == "/save":
         if not argument.isprintable():
-            raise UserError("/save FILE: the name of the file holds control characters")
+            raise UserError("/save FILE: the name has control characters; name another file")
         save_chat(argument, messages)
         note(f"saved {argument}")
     elif name in ("/help", "/?"):

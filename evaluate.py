@@ -24,7 +24,6 @@ better of two responses that differ in one thing, such as a single wrong word.
 
 Half a minute on two CPU cores. The prompts come from users no training stage has seen.
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from data.probes import PROBE_COLUMNS, probe_pairs, probe_rates, probe_rows
 from data.text import checkpoint_text
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
-from scaffold.run import load_checkpoint, set_seed
+from scaffold.run import json_line, load_checkpoint, set_seed
 from scaffold.table import format_table
 
 
@@ -182,7 +181,7 @@ COLUMNS = {"stage": ("stage", ""),
 def main(cfg):
     rows = evaluate(cfg)
     if cfg.json:
-        print("\n".join(json.dumps(r) for r in rows))
+        print("".join(map(json_line, rows)), end="")
     else:
         print(format_table([r for r in rows if r["stage"] != "reward"], COLUMNS))
         for row in rows:

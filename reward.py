@@ -298,17 +298,18 @@ def main(cfg):
         run.log(step=step, loss=loss.item(), grad_norm=norm)
         run.bar.set_postfix(loss=f"{loss.item():.3f}")
     normalise(model, tuned, enc, records, cfg)
-    save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"],
-                    tokenizer=base["tokenizer"], fingerprint=base["fingerprint"], seed=cfg.seed,
-                    loss=cfg.loss)
+    save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], seed=cfg.seed,
+                    loss=cfg.loss, **checkpoint.tokenizer_entries(enc, base["tokenizer"]))
     gold = load_grader(cfg.gold, [c.record for c in train + val])
     words = word_scores(train)
     names = split_names([c.record for c in train], [c.record for c in val])
-    for name, comparisons in zip(names, (train[:400], val)):
-        row = report(name, comparisons, score_all(model, comparisons, device), words, gold)
+    rows = [report(name, comparisons, score_all(model, comparisons, device), words, gold)
+            for name, comparisons in zip(names, (train[:400], val))]
+    for row in rows:
         run.log(**row)
-        print_row(row)
     run.finish()
+    for row in rows:
+        print_row(row)
     print_widest([c.record for c in val], score_all(model, val, device))
     print(f"---\nsaved {out / 'reward.pt'}; next: python ppo.py --out {out}")
 

@@ -1,9 +1,13 @@
-"""Checkpoints of a GPT: those of a run, their tokenizer, their sizes, and growing a model."""
+"""Checkpoints of a GPT: those of a run, their tokenizer, their sizes, and growing a model.
+
+A checkpoint carries its tokenizer, so the file alone is enough: move it, rename it, mail it.
+"""
 import torch
 import torch.nn as nn
 
 from data.huggingface import knows_special_tokens
-from data.tokenizer import SPECIAL, fingerprint, get_tokenizer
+from data.text import remembered
+from data.tokenizer import SPECIAL, carried, fingerprint, from_json, get_tokenizer
 from scaffold.cli import UserError, brief
 from scaffold.run import load_checkpoint
 
@@ -28,20 +32,48 @@ def policies(out):
     return found
 
 
+def tokenizer_entries(enc, name):
+    """Return what a checkpoint keeps of its tokenizer. name: the one that get_tokenizer knows."""
+    return dict(tokenizer=name, tokenizer_json=carried(enc), fingerprint=fingerprint(enc))
+
+
+def carried_tokenizer(state, path):
+    """Return the tokenizer that a checkpoint carries. Raises UserError if it is damaged."""
+    try:
+        enc = from_json(state["tokenizer_json"])
+    except Exception as e:   # a damaged file can fail in many ways; report them alike
+        raise UserError(f"{path}: its tokenizer is damaged ({brief(e)})") from None
+    if fingerprint(enc) != state["fingerprint"]:
+        raise UserError(f"{path}: its tokenizer is not the one that it was trained with")
+    return enc
+
+
+def named_tokenizer(state, path):
+    """Return the tokenizer that an older checkpoint only names, which may stand beside it.
+
+    Raises UserError if it is missing or changed.
+    """
+    name = state["tokenizer"]
+    files = [place for place in remembered(name, path) if place.is_file()]
+    try:
+        found = [get_tokenizer(str(place)) for place in files or [name]]
+    except UserError as e:
+        raise UserError(f"{path}: its tokenizer is missing, put it beside: {e}") from None
+    for enc in found:
+        if fingerprint(enc) == state["fingerprint"]:
+            return enc
+    raise UserError(f"{path}: {name or 'data/tokenizer.json'} has changed since this checkpoint "
+                    f"was trained; restore the old one, or train again")
+
+
 def tokenizer_of(state, path):
     """Return the tokenizer of a loaded checkpoint. Raises UserError if it is missing or changed."""
     keys = {"model", "gpt", "tokenizer", "fingerprint"}
     complete = isinstance(state, dict) and keys <= set(state)
     if not complete or not isinstance(state["tokenizer"], str):
         raise UserError(f"{path}: not a checkpoint of this project")
-    try:
-        enc = get_tokenizer(state["tokenizer"])
-    except UserError as e:
-        raise UserError(f"{path}: its tokenizer is missing: {e}") from None
-    if fingerprint(enc) != state["fingerprint"]:
-        name = state["tokenizer"] or "data/tokenizer.json"
-        raise UserError(f"{path}: {name} has changed since this checkpoint was trained; "
-                        f"restore the old one, or train again")
+    carries = state.get("tokenizer_json") is not None
+    enc = carried_tokenizer(state, path) if carries else named_tokenizer(state, path)
     rows = state["gpt"].get("vocab_size") if isinstance(state["gpt"], dict) else None
     if rows != enc.n_vocab:
         raise UserError(f"{path}: embeds {brief(rows)} tokens, but its tokenizer has {enc.n_vocab}")

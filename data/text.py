@@ -197,45 +197,57 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     return {name: s._replace(weight=weights.get(name, 0.0)) for name, s in sources.items()}
 
 
-def checkpoint_text(path, enc, block_size, other=""):
-    """Read the text a checkpoint was pretrained on, split and weighted as it was then.
+WITHOUT_TEXT = "name a text with --text, or do without it: --ptx 0"
 
-    Read `other` instead if it is given.
 
-    Raises UserError if the checkpoint does not name its text, or if the text is gone.
+def remembered(name, path):
+    """Return where the file or folder is that the checkpoint `path` remembers as `name`.
+
+    It may stand where it was, or beside the checkpoint: after out/ was moved, out/data/pretrain is
+    data/pretrain there. Devices and pipes are left out, because reading one might never end.
     """
-    if other:
-        return read_corpus(other, enc, block_size, val_fraction=0.05)
+    parts = [part for part in re.split(r"[/\\]", name) if part]
+    beside = [Path(path).parent.joinpath(*parts[i:]) for i in range(len(parts))]
+    places = [name, *beside]
+    return [Path(p) for p in places if os.path.isfile(p) or os.path.isdir(p)]
+
+
+def text_entries(cfg):
+    """Return what a checkpoint remembers of the text in cfg.data. find_text reads it."""
+    return dict(data=os.path.abspath(cfg.data), val_fraction=cfg.val_fraction, mixture=cfg.mixture)
+
+
+def find_text(path):
+    """Return a checkpoint and where the text is that it was pretrained on. Raises UserError."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing, which names the text it was pretrained on; "
+                        f"{WITHOUT_TEXT}")
     state = load_checkpoint(path)
     kinds = dict(data=str, val_fraction=float, mixture=str)
     known = isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in kinds.items())
     if not known:
         raise UserError(f"{path}: does not name the text it was pretrained on; {WITHOUT_TEXT}")
-    text = find_remembered(state["data"], path)
-    return read_corpus(text, enc, block_size, state["val_fraction"], state["mixture"])
+    places = remembered(state["data"], path)
+    if not places:
+        raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; restore "
+                        f"it, {WITHOUT_TEXT}")
+    return state, places[0]
 
 
-WITHOUT_TEXT = "name a text with --text, or do without it: --ptx 0"
+def checkpoint_text(path, enc, block_size, other=""):
+    """Read the text a checkpoint was pretrained on, split and weighted as it was then.
 
-
-def find_remembered(name, path):
-    """Return the file or folder that the checkpoint `path` names, there or beside the checkpoint.
-
-    After out/ was moved, out/data/pretrain is data/pretrain beside the checkpoint. Raises UserError
-    if there is none, and for a device or a pipe, which might never end.
+    Read `other` instead if it is given. Raises UserError if the text is not to be found.
     """
-    parts = Path(name).parts
-    beside = [Path(path).parent.joinpath(*parts[i:]) for i in range(len(parts))]
-    for place in [name, *beside]:
-        if os.path.isfile(place) or os.path.isdir(place):   # Path.is_file raises for a long name
-            return Path(place)
-    raise UserError(f"{path}: its pretraining text is gone: {brief(name)}; restore it, "
-                    f"{WITHOUT_TEXT}")
+    if other:
+        return read_corpus(other, enc, block_size, val_fraction=0.05)
+    state, text = find_text(path)
+    return read_corpus(text, enc, block_size, state["val_fraction"], state["mixture"])
 
 
 def text_files(path, other=""):
     """Return the files and folders that decide what checkpoint_text returns."""
-    return [other] if other else [path, find_remembered(load_checkpoint(path)["data"], path)]
+    return [other] if other else [path, find_text(path)[1]]
 
 
 def draw_rows(sources, drawn, n_tokens, T, rng):
@@ -251,12 +263,12 @@ def draw_rows(sources, drawn, n_tokens, T, rng):
     for _ in range(max(1, n_tokens // T)):
         room = T
         while room:
-            name = min(weights, key=lambda name: drawn[name] / weights[name])
+            name = min(weights, key=lambda name: drawn.get(name, 0) / weights[name])
             train = sources[name].train
             document = train[rng.randrange(len(train))]
             first = rng.randrange(max(1, len(document) - T + 1))
             pieces.append(document[first:first + room])
-            drawn[name] += len(pieces[-1])
+            drawn[name] = drawn.get(name, 0) + len(pieces[-1])
             room -= len(pieces[-1])
     return pack(pieces, T)
 

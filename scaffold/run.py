@@ -128,13 +128,29 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint ({kind}); train it again") from None
 
 
+def finite(value):
+    """Replace NaN and infinite numbers by None, in nested dicts and lists, too."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def json_line(row, **options):
+    """Return one line of strict JSON: it has no NaN, which Python would write and few can read."""
+    return json.dumps(finite(row), allow_nan=False, **options) + "\n"
+
+
 def log_metrics(path, fresh=False, **row):
     """Append one JSON object to a metrics file; `fresh` empties the file first."""
     if rank() == 0:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w" if fresh else "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json_line(row))
 
 
 def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
@@ -164,13 +180,17 @@ def keep_best(best, model, quality, **about):
 
 
 def digest(paths):
-    """Return a checksum of the files a run reads, folders included; empty paths are skipped."""
+    """Return a checksum of the files a run reads; empty paths are skipped.
+
+    Of a folder the names of its files count, too. Where the file or the folder stands does not.
+    """
     crc = 0
     for path in map(Path, filter(None, paths)):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
             if file.is_file():
-                crc = zlib.crc32(file.name.encode() + file.read_bytes(), crc)
+                name = os.fsencode(file.relative_to(path))
+                crc = zlib.crc32(name + file.read_bytes(), crc)
     return f"{crc:08x}"
 
 
@@ -291,6 +311,8 @@ class Run:
         self.log_path = folder / f"{name}.jsonl"
         excluded = ("out", "resume", "save_every", "device")
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
+        read = {Path(path) for path in inputs if path}   # of these only the content counts
+        self.settings |= {k: "a file" for k, v in self.settings.items() if v and Path(v) in read}
         self.settings |= {"processes": str(world_size()), "files": digest(inputs)}
         self.start = time.time()
         self.saved_at = None   # step of the last saved state

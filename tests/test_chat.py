@@ -17,7 +17,7 @@ import chat
 import gpt
 import reward
 import tools
-from data.formats import load_chats
+from data.formats import load_chats, save_chat
 from data.tokenizer import decode_token, end_of, fingerprint, get_tokenizer
 from scaffold import cli
 from scaffold.cli import UserError
@@ -362,6 +362,17 @@ def converse(monkeypatch, capsys, tmp_path):
         chat.main(chat.Config(**defaults | settings))
         return capsys.readouterr()
     return converse
+
+
+def test_a_name_that_no_file_can_have_does_not_end_the_chat(converse, monkeypatch, tmp_path):
+    """In a C locale that is any name with letters beyond ASCII."""
+    monkeypatch.chdir(tmp_path)
+    model = reciter(plan_for("Hi?", "moo."))
+    out, err = converse("Hi?\n/save a\0b.jsonl\n/reset\nHi?\n", model)
+    assert out == "moo.\nmoo.\n"
+    assert "name another file" in err
+    with pytest.raises(UserError, match="name another file"):
+        save_chat("\ud800.jsonl", [{"role": "assistant", "content": "moo."}])
 
 
 @pytest.mark.parametrize("content", ["Hi?\nHi?\n",

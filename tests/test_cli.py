@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import sys
 from types import SimpleNamespace
 
@@ -173,6 +174,53 @@ def test_fail_prints_one_line_and_exits(monkeypatch, capsys):
         fail("no such thing", 7)
     assert e.value.code == 7
     assert capsys.readouterr().err == "script.py: no such thing\n"
+
+
+@pytest.fixture
+def console(monkeypatch):
+    """Make sys.stdout a console of an encoding: console("ascii") -> function that reads it."""
+    def open_console(encoding):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, newline="\n"))
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+
+        def read():
+            sys.stdout.flush()
+            return raw.getvalue().decode(encoding)
+
+        return read
+
+    return open_console
+
+
+# encoding -> how it prints ODD: half a surrogate pair has no encoding at all
+ODD = "µ – 猫 👍 \ud800."
+PRINTED = {
+    "ascii": "? ? ? ? ?.",
+    "latin-1": "µ ? ? ? ?.",
+    "cp1252": "µ – ? ? ?.",
+    "gb18030": "µ – 猫 👍 ?.",
+    "utf-8": "µ – 猫 👍 ?.",
+}
+
+
+@pytest.mark.parametrize("encoding, printed", PRINTED.items(), ids=PRINTED)
+def test_what_a_console_cannot_show_is_replaced(console, encoding, printed):
+    read = console(encoding)
+    start(lambda cfg: print(cfg.out, ODD), BaseConfig, "")
+    assert read() == f"out {printed}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_console_shows_the_help(monkeypatch, console, script, encoding):
+    module = importlib.import_module(script)
+    read = console(encoding)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        start(module.main, module.Config, module.__doc__)
+    assert e.value.code == 0
+    assert "--" in read()
 
 
 def test_a_script_for_one_process_refuses_torchrun(monkeypatch, capsys):

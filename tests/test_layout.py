@@ -204,6 +204,17 @@ def test_one_import_a_line(name):
     assert [node.lineno for node in several] == []
 
 
+@pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith("results")])
+def test_every_script_is_started_by_cli(name):
+    """There is one place for flags, user errors and consoles that are not UTF-8."""
+    path = MODULES[name]
+    text = path.read_text(encoding="utf-8")
+    last = text.split('if __name__ == "__main__":\n')[-1]
+    started = "\n    start(main, Config, __doc__" in "\n" + last
+    assert started == ('__name__ == "__main__"' in text) or name == "scaffold.cli"
+    assert "argparse" not in text or name == "scaffold.cli"
+
+
 def called(node):
     """Return the name that a call ends with: glob for path.glob(...), "" for other nodes."""
     if not isinstance(node, ast.Call):

@@ -17,7 +17,7 @@ from data.rankings import (
 from data.text import pad
 from data.tokenizer import fingerprint, get_tokenizer
 from scaffold.cli import UserError
-from scaffold.run import load_checkpoint
+from scaffold.run import load_checkpoint, save_checkpoint
 from tiny import (
     END,
     ENC,
@@ -656,6 +656,33 @@ def test_training_orders_the_responses_of_users_it_never_saw(train, loss):
         assert good > bad
     assert model.std != 1
     assert model.mean != 0
+
+
+@pytest.mark.parametrize("name", ["print_row", "print_widest"])
+def test_a_report_that_cannot_be_printed_leaves_a_finished_run(train, monkeypatch, tmp_path, name):
+    def fail(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(reward, name, fail)
+    with pytest.raises(BrokenPipeError):
+        train(epochs=1)
+    [out] = tmp_path.glob("run*")
+    assert len([row for row in read_jsonl(out / "reward.jsonl") if "split" in row]) == 2
+    assert (out / "reward.pt").exists()
+    assert not list(out.glob("*.state*"))
+
+
+def test_a_reward_model_carries_its_tokenizer(train, tmp_path, checkpoints):
+    """Even one that was made from an older checkpoint, which only names it."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    name = write_tokenizer(folder / "t.json")
+    state = load_checkpoint(checkpoints / "sft.pt") | dict(tokenizer=name, tokenizer_json=None)
+    save_checkpoint(folder / "sft.pt", **state)
+    _, out = train(init=str(folder / "sft.pt"), epochs=1)
+    shutil.rmtree(folder)
+    moved = (out / "reward.pt").rename(tmp_path / "renamed.pt")
+    assert fingerprint(reward.load_reward(moved)[1]) == fingerprint(ENC)
 
 
 def test_without_users_the_report_is_on_held_out_prompts(train, tmp_path):

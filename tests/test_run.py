@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,14 @@ import torch
 import torch.nn as nn
 
 import gpt
+from data.formats import write_records
 from scaffold.cli import UserError, start
 from scaffold.run import (
     Diverged,
     Run,
     digest,
     ensure_stage,
+    json_line,
     load_checkpoint,
     log_metrics,
     save_checkpoint,
@@ -181,6 +184,40 @@ def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
     assert read_jsonl(path) == [{"step": 0}, {"step": 1, "loss": 2.5}]
     log_metrics(path, fresh=True, step=9)
     assert read_jsonl(path) == [{"step": 9}]
+
+
+def strict(text):
+    """Read JSON as JavaScript, jq and Rust do: NaN and Infinity are errors."""
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+NUMBERS = {
+    "a number": (0.5, 0.5),
+    "NaN": (math.nan, None),
+    "infinity": (math.inf, None),
+    "in a list": ([1.0, [-math.inf], (math.nan, 2)], [1.0, [None], [None, 2]]),
+    "in a dict": ({"a": {"b": math.nan, "c": [math.nan]}}, {"a": {"b": None, "c": [None]}}),
+    "of numpy": (np.float64("nan"), None),
+    "half a surrogate pair": ("猫 \ud800", "猫 \ud800"),
+    "others": ([True, None, 7, "NaN", "猫"], [True, None, 7, "NaN", "猫"]),
+}
+
+
+@pytest.mark.parametrize("value, want", NUMBERS.values(), ids=NUMBERS)
+def test_logs_and_records_are_strict_json(tmp_path, value, want):
+    log_metrics(tmp_path / "log.jsonl", step=0, value=value)
+    write_records(tmp_path / "records.jsonl", [{"step": 0, "value": value}] * 2)
+    for name in ("log", "records"):
+        lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [strict(line) for line in lines] == [{"step": 0, "value": want}] * len(lines)
+
+
+def test_only_numbers_that_are_none_change_a_line():
+    row = {"é": [0.1 + 0.2, 1e-30, -0.0, 10**20], "b": "\ud800 猫"}
+    assert json_line(row) == json.dumps(row) + "\n"
 
 
 def test_the_seed_decides_the_numbers_of_all_generators():
@@ -480,6 +517,50 @@ def test_a_run_cannot_be_resumed_with_other_files(tmp_path, edit):
     unlock(tmp_path / "out")
     write_data()
     train(resume=True)
+
+
+PLACES = {
+    "relative": lambda p: os.path.relpath(p),
+    "with a detour": lambda p: f"{p.parent}/../{p.parent.name}/./{p.name}",
+    "a copy of another name": lambda p: shutil.copytree(p, p.with_name("copy")),
+    "a link": lambda p: p.with_name("link").symlink_to(p) or p.with_name("link"),
+    "moved": lambda p: p.rename(p.with_name("moved")),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_run_can_be_resumed_with_the_same_files_at_another_place(tmp_path, place, kind):
+    """A flag may name them by any path, and their names may differ, but not those in a folder."""
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "a.txt").write_text("a")
+    (data / "deep" / "b.txt").write_text("b")
+
+    def train(folder, resume, **flags):
+        path = str(folder) + "/a.txt" * (kind == "file")
+        cfg = SimpleNamespace(out=str(tmp_path / "out"), save_every=1, resume=resume,
+                              **dict(data=path, val="") | flags)
+        run = Run(cfg, "small", [cfg.data, cfg.val], seen=[])
+        for step in run.steps(5):
+            if step == 3 and not resume:
+                break
+        unlock(tmp_path / "out")
+        return run
+
+    train(data, resume=False)
+    with pytest.raises(UserError, match="started with --val , not a file"):
+        train(data, resume=True, val=str(data / "deep" / "b.txt"))
+    unlock(tmp_path / "out")
+    assert train(place(data), resume=True).resumed
+
+
+def test_a_file_that_moves_inside_a_folder_changes_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    before = digest([tmp_path])
+    (tmp_path / "a.txt").rename(tmp_path / "deep" / "a.txt")
+    assert digest([tmp_path]) != before
 
 
 def test_the_digest_leaves_out_empty_paths(tmp_path):

@@ -6,6 +6,7 @@ tested in test_verdicts.py, the measures of the table in test_judge_quality.py.
 
 import copy
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -494,6 +495,20 @@ def test_variants_share_m1_until_its_settings_change(files, tmp_path, capsys):
     logs = sorted(p.name for p in tmp_path.glob("*.jsonl"))
     assert logs == ["self_reward-pairs-random-update-sft.jsonl", "self_reward-pairs-random.jsonl"]
 
+    ift = tmp_path / "renamed.jsonl"
+    ift.write_bytes((files / "ift.jsonl").read_bytes())
+    os.utime(tmp_path / "gpt.pt")  # a copy of the folder may be newer
+    run(files, tmp_path, pairs="random", iterations=1, data=str(ift))
+    assert "is there" in capsys.readouterr().out
+
+    ift.write_bytes(b"".join(ift.read_bytes().splitlines(keepends=True)[1:]))
+    run(files, tmp_path, pairs="random", iterations=1, data=str(ift))
+    assert "is there" not in capsys.readouterr().out
+    assert path.read_bytes() != m1
+
+    run(files, tmp_path, pairs="random", iterations=1)
+    assert path.read_bytes() == m1
+    capsys.readouterr()
     run(files, tmp_path, pairs="random", iterations=1, sft_lr=1e-4)
     assert "is there" not in capsys.readouterr().out
     assert path.read_bytes() != m1

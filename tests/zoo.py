@@ -787,8 +787,8 @@ MUTANTS = [
     Mutant(
         name="resume-with-another-tokenizer",
         file="gpt.py",
-        old="cfg.init_from, cfg.tokenizer or EMBEDDED]",
-        new="cfg.init_from]",
+        old="cfg.init or cfg.tokenizer or EMBEDDED]",
+        new="cfg.init]",
         bug="a resumed run reads its text with a tokenizer that was made anew",
         published="k2-fsa/icefall #1417",
         tests="processes"),
