@@ -25,7 +25,7 @@ import gpt
 import tools
 from data.formats import save_chat
 from data.tokenizer import decode_token, token_bytes
-from scaffold.cli import BaseConfig, UserError, pick_device, require, start
+from scaffold.cli import BaseConfig, UserError, brief, pick_device, require, start
 from scaffold.table import printable
 from sft import render_prompt
 
@@ -38,7 +38,7 @@ HELP = """/reset         forget the conversation, except the system message
 @dataclass
 class Config(BaseConfig):
     checkpoint: str = ""         # policy; empty: ppo.pt of OUT, else dpo.pt, sft.pt or gpt.pt
-    db: str = ""                 # SQLite file for queries; empty: shop.db beside the checkpoint
+    db: str = ""                 # SQLite file of plain tables; empty: shop.db beside the checkpoint
     system: str = ""             # system message at the start
     temperature: float = 0.7     # 0 always takes the most likely token; 1 samples as in training
     max_new_tokens: int = 100    # longest piece of a response, in tokens
@@ -172,6 +172,8 @@ def run_command(line, messages):
         note("system message " + ("set" if argument else "removed"))
         return [{"role": "system", "content": argument}, *turns] if argument else turns
     if name == "/save":
+        if not argument.isprintable():
+            raise UserError("/save FILE: the name has control characters; name another file")
         save_chat(argument, messages)
         note(f"saved {argument}")
     elif name in ("/help", "/?"):
@@ -191,7 +193,8 @@ def read_lines(terminal):
 
 
 def note(text):
-    print(text, file=sys.stderr, flush=True)
+    """Print a note on stderr. It may quote what was typed or read."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def converse(model, enc, db, base, cfg, terminal):
@@ -210,7 +213,7 @@ def converse(model, enc, db, base, cfg, terminal):
             asked = [*messages, {"role": "user", "content": line}]
             prompt = make_prompt(asked, enc, model.config.block_size, base, cfg)
         except UserError as e:
-            note(str(e))
+            note(brief(e, 300))
             if not terminal and not line.startswith("/"):
                 print()   # one line of output for each line of input, even for an error
             continue
@@ -225,7 +228,7 @@ def converse(model, enc, db, base, cfg, terminal):
                 raise
         print(flush=True)
         for query in queries:
-            note(f"    {printable(query.statement)} -> {printable(query.result)}")
+            note(f"    {query.statement} -> {query.result}")
         messages = [] if base else [*asked, {"role": "assistant", "content": text}]
 
 

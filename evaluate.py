@@ -4,7 +4,7 @@ Rows: base (the pretrained model, prompted with plain text), sft and every other
 temperature 1 and greedy, and the best of n sft samples by the reward model.
 
     gold         the mean grade, -2 to 1: helpful (0..1), less for what is wrong, made up or rude
-    new words    the same over prompts whose wording stands nowhere in the training data
+    new words    the same over prompts whose wording appears nowhere in the training data
     win rate     share of prompts where the response beats a sample of sft by gold; ties count half
     refused      share of the prompts with one right answer that get "I do not know."
     right        share of them that get it, whole or lazy; wrong is the rest
@@ -24,7 +24,6 @@ better of two responses that differ in one thing, such as a single wrong word.
 
 Half a minute on two CPU cores. The prompts come from users no training stage has seen.
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from data.probes import PROBE_COLUMNS, probe_pairs, probe_rates, probe_rows
 from data.text import checkpoint_text
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
-from scaffold.run import load_checkpoint, set_seed
+from scaffold.run import json_line, load_checkpoint, set_seed
 from scaffold.table import format_table
 
 
@@ -182,7 +181,7 @@ COLUMNS = {"stage": ("stage", ""),
 def main(cfg):
     rows = evaluate(cfg)
     if cfg.json:
-        print("\n".join(json.dumps(r) for r in rows))
+        print("".join(map(json_line, rows)), end="")
     else:
         print(format_table([r for r in rows if r["stage"] != "reward"], COLUMNS))
         for row in rows:

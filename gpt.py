@@ -30,8 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import checkpoint, corpus, huggingface
-from data.text import by_length, draw_rows, pack, pad, predicted, read_corpus, windows
-from data.tokenizer import EMBEDDED, end_of, fingerprint, get_tokenizer, token_bytes
+from data.text import by_length, draw_rows, pack, pad, predicted, read_corpus, text_entries, windows
+from data.tokenizer import EMBEDDED, end_of, get_tokenizer, token_bytes
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
 from scaffold.optim import adamw, autocast, cross_entropy, in_parts, lr_at, muon
@@ -256,7 +256,7 @@ class KVCache:
 
 def sample_tokens(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     """Sample one id per row, (B, V) -> (B,), after top_k and top_p; temperature 0 is greedy."""
-    if temperature == 0:
+    if temperature < 1e-6:   # smaller ones would make the logits infinite
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -343,7 +343,7 @@ def token_logprobs(model, ids, temperature=1.0, mask=None, states=None, parts=1)
 def save_model(path, model, enc, tokenizer, **extra):
     """Write a checkpoint for load_model. tokenizer: the name by which get_tokenizer finds enc."""
     save_checkpoint(path, model=model.state_dict(), gpt=asdict(model.config),
-                    tokenizer=tokenizer, fingerprint=fingerprint(enc), **extra)
+                    **checkpoint.tokenizer_entries(enc, tokenizer), **extra)
 
 
 def load_model(path, device="cpu", dropout=0.0):
@@ -382,13 +382,13 @@ def val_loss(model, sources, enc, device, limit=40_000):
 
 def first_model(cfg, device):
     """Build the model of --init, of --init-from or of the flags -> (GPT, tokenizer)."""
-    enc = get_tokenizer(cfg.tokenizer)
     if cfg.init:
         model, enc, base = load_model(cfg.init, device, cfg.dropout)
         cfg.tokenizer = base["tokenizer"]   # for the new checkpoint
         if cfg.block_size > model.config.block_size:
             checkpoint.extend_context(model, sinusoids(cfg.block_size, model.config.n_embd))
         return model, enc
+    enc = get_tokenizer(cfg.tokenizer)
     if cfg.init_from:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         checkpoint.add_special_tokens(model, enc, cfg.init_from)
@@ -399,8 +399,9 @@ def first_model(cfg, device):
 
 
 def main(cfg):
-    require(cfg, 1, "steps", "batch_tokens", "block_size", "n_layer", "n_head", "n_embd",
-            "eval_every")
+    require(cfg, 1, "steps", "batch_tokens", "n_head", "n_embd", "eval_every")
+    require(cfg, 2, "block_size")
+    require(cfg, 1, "n_layer", most=1000)
     require(cfg, 0, "lr", "weight_decay", most=10)
     require(cfg, 0, "dropout", most=0.99)
     choose(cfg, "schedule", "cosine", "constant")
@@ -419,7 +420,7 @@ def main(cfg):
     optimizer = {"muon": muon, "adamw": adamw}[cfg.optimizer](model, cfg.lr, cfg.weight_decay)
     rng = random.Random(cfg.seed)
     drawn = dict.fromkeys(sources, 0)   # tokens of each source so far
-    run = Run(cfg, "gpt", [cfg.data, cfg.init, cfg.init_from, cfg.tokenizer or EMBEDDED],
+    run = Run(cfg, "gpt", [cfg.data, cfg.init_from, cfg.init or cfg.tokenizer or EMBEDDED],
               model=model, optimizer=optimizer, rng=rng, drawn=drawn)
     model.train()
     for step in run.steps(cfg.steps):
@@ -434,13 +435,13 @@ def main(cfg):
             row["val_loss"], row["bits_per_byte"] = val_loss(model, sources, enc, device)
             run.bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val_loss']:.3f}")
         run.log(**row)
-    epochs = {name: round(n / size[name], 2) for name, n in drawn.items()}
+    epochs = {name: round(drawn[name] / n, 2) for name, n in size.items()}
     print(f"validation loss {row['val_loss']:.3f} nats per token, {row['bits_per_byte']:.3f} bits "
           f"per byte, {sum(drawn.values()) / run.seconds():,.0f} tokens/s; epochs: {epochs}")
-    save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, data=cfg.data,
-               val_fraction=cfg.val_fraction, mixture=cfg.mixture, val_loss=row["val_loss"])
+    save_model(out / "gpt.pt", model, enc, cfg.tokenizer, seed=cfg.seed, val_loss=row["val_loss"],
+               **text_entries(cfg))
     run.finish()
-    prompt = next(iter(sources.values())).val[0][:8].tolist()
+    prompt = next(iter(sources.values())).val[0][:min(8, T - 1)].tolist()
     sample = generate(model, [prompt], 60, temperature=0.8, stop=end_of(enc), seed=cfg.seed)[0]
     print(f"--- a sample\n{enc.decode(prompt)}|{enc.decode(sample)}")
     print(f"---\nsaved {out / 'gpt.pt'}; next: python sft.py --out {out}")

@@ -11,14 +11,14 @@ models take part:
     maximise  E[ r(x, y) - beta * log( pi(y|x) / pi_ref(y|x) ) ] + ptx * E_text[ log pi(text) ]
 
 (InstructGPT, eq. 2). One update: sample responses, score them, give each token a reward (a KL
-penalty, on the last token plus the score), estimate advantages A (gae.py), take a few epochs of
+penalty; on the last token, the score too), estimate advantages A (gae.py), take a few epochs of
 clipped steps (PPO, 1707.06347, eq. 7):
 
     ratio  = pi_new(a|s) / pi_old(a|s)           s: the text so far, a: the next token
     loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )               eps: --clip
 
     python ppo.py                                            all stages; ends with the results table
-    python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL: score rises, true grade falls
+    python ppo.py --beta 0 --name ppo-beta-0 --updates 150   no KL: score rises, true grade stalls
     python ppo.py --prompts pairs.jsonl --out out/mine       your prompts, see data/README.md
 
 A minute on two CPU cores; four minutes with the stages before it. Read next: evaluate.py, dpo.py.

@@ -13,6 +13,7 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
 
     python reward.py                                        rankings by the village's labelers
     python reward.py --data pairs.jsonl.gz --out out/mine   pairs or ranks, see data/README.md
+    python reward.py --no-logprobs                          the score of InstructGPT alone
     python reward.py --loss token-margin                    other losses: token-margin, regression
     python reward.py --init out/half/sft.pt                 another start, such as a smaller model
     python reward.py --probe pairs.jsonl                    test OUT/reward.pt on pairs of yours
@@ -20,6 +21,7 @@ be trained on K-1 times and overfit (footnote 5). Ties give no pair. At the end 
 Half a minute on two CPU cores, sampling included. Trains OUT/sft.pt first if it is missing. Next:
 gae.py, ppo.py. Elsewhere: data/formats.py reads records, data/rankings.py measures.
 """
+import math
 import random
 from dataclasses import dataclass
 
@@ -50,8 +52,8 @@ class Config(RunConfig):
     probe: str = ""              # pairs to score with the finished OUT/reward.pt; no training
     loss: str = "ranking"        # ranking (the paper's), token-margin or regression (on scores)
     margin: float = 1.0          # token-margin only: how far apart two tokens' scores should be
-    logprobs: bool = True        # add the weighed log-probs of the response to the score
-    epochs: int = 2              # more learn the labelers' noise by heart
+    logprobs: bool = True        # add the weighted log-probs of the response to the score
+    epochs: int = 2              # more memorise the labelers' noise
     lr: float = 5e-4             # peak learning rate, cosine to a tenth
     batch_prompts: int = 16      # prompts per step on average, each with all its responses
     grad_accum: int = 1          # compute each batch in so many parts: less memory, a third slower
@@ -66,10 +68,10 @@ class RewardModel(nn.Module):
 
         score at t  =  head(h_t)  +  sum over i <= t of weight(h_i) * log p(x_i | x_<i)
 
-    InstructGPT has the first term. From it a small model learns style and no facts: to see that
-    "The cow says meh." is wrong, it needs what it expected in place of "meh", and only its last
-    block knows that. The second term, over the tokens after the last `assistant` token, tells how
-    likely each of them was. Its weights start at 0.
+    InstructGPT has the first term. With it alone, a small model learns style but no facts: to see
+    that "The cow says meh." is wrong, it needs what it expected in place of "meh", and only its
+    last block knows that. The second term, over the tokens after the last `assistant` token, tells
+    how likely each of them was. Its weights start at 0.
     """
 
     def __init__(self, body, assistant=-1):
@@ -192,17 +194,27 @@ def batch_loss(model, comparisons, device, cfg):
 
 
 def normalise(model, policy, enc, records, cfg):
-    """Set mean and std so that samples of the fine-tuned model score with mean 0 and std 1."""
+    """Set mean and std so that samples of the fine-tuned model score with mean 0 and std 1.
+
+    Raw scores are log-odds. A std below 0.1 says that the model has learned too little to tell the
+    samples apart, so the scores are divided by 0.1 at least.
+    """
     fitting = sft.fit_prompts(records, enc, policy.config.block_size - 1)
     chats = [r["prompt"] for r in fitting[:cfg.normalise_on]]
-    if len(chats) < 2:
-        raise UserError(f"--normalise-on: {len(chats)} prompts fit the context; 2 are needed")
+    if len(chats) < 16:
+        print(f"warning: only {len(chats)} prompts to measure the scale of the scores on; "
+              f"16 or more are better")
+        chats = chats * math.ceil(16 / len(chats))   # several samples of each
     responses = sft.sample_responses(policy, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
     model.mean.zero_()
     model.std.fill_(1)
     scores = torch.tensor(score_responses(model, enc, chats, responses))
+    std = scores.std(correction=0)
+    if std < 0.1:
+        print(f"warning: samples of the fine-tuned model score nearly the same (std {std:.3f}); "
+              f"bring more comparisons, or train for more --epochs")
     model.mean.fill_(scores.mean())
-    model.std.fill_(scores.std(correction=0).clamp(min=1e-3))
+    model.std.fill_(std.clamp(min=0.1))
 
 
 def load_reward(path, device="cpu"):
@@ -255,8 +267,7 @@ def batch_plan(sizes, cfg, rng):
 
 
 def main(cfg):
-    require(cfg, 1, "epochs", "batch_prompts", "grad_accum", "max_new_tokens")
-    require(cfg, 2, "normalise_on")
+    require(cfg, 1, "epochs", "batch_prompts", "grad_accum", "max_new_tokens", "normalise_on")
     require(cfg, 0, "lr", most=10)
     choose(cfg, "loss", "ranking", "token-margin", "regression")
     device = pick_device(cfg.device)
@@ -270,6 +281,10 @@ def main(cfg):
     body, _, base = gpt.load_model(cfg.init or out / "sft.pt", device)
     checkpoint.check_readable(tuned_state, base, f"--init {cfg.init}")
     train, val = ranked_data(cfg, out, enc, tuned.config.block_size)
+    records = sft.fit_prompts([c.record for c in train], enc, tuned.config.block_size - 1)
+    if not records:
+        raise UserError(f"{cfg.data}: no prompt fits the context of {tuned.config.block_size} "
+                        f"tokens; pretrain with a larger --block-size")
     set_seed(cfg.seed)   # again: making the rankings used random numbers
     model = RewardModel(body, enc.encode_single_token("<|assistant|>")).to(device)
     model.weight.requires_grad_(cfg.logprobs)
@@ -287,18 +302,19 @@ def main(cfg):
         norm = run.take_step(loss, optimizer, model, lr_at(step, len(plan), cfg.lr), plan[step])
         run.log(step=step, loss=loss.item(), grad_norm=norm)
         run.bar.set_postfix(loss=f"{loss.item():.3f}")
-    normalise(model, tuned, enc, [c.record for c in train], cfg)
-    save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"],
-                    tokenizer=base["tokenizer"], fingerprint=base["fingerprint"], seed=cfg.seed,
-                    loss=cfg.loss)
+    normalise(model, tuned, enc, records, cfg)
+    save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], seed=cfg.seed,
+                    loss=cfg.loss, **checkpoint.tokenizer_entries(enc, base["tokenizer"]))
     gold = load_grader(cfg.gold, [c.record for c in train + val])
     words = word_scores(train)
     names = split_names([c.record for c in train], [c.record for c in val])
-    for name, comparisons in zip(names, (train[:400], val)):
-        row = report(name, comparisons, score_all(model, comparisons, device), words, gold)
+    rows = [report(name, comparisons, score_all(model, comparisons, device), words, gold)
+            for name, comparisons in zip(names, (train[:400], val))]
+    for row in rows:
         run.log(**row)
-        print_row(row)
     run.finish()
+    for row in rows:
+        print_row(row)
     print_widest([c.record for c in val], score_all(model, val, device))
     print(f"---\nsaved {out / 'reward.pt'}; next: python ppo.py --out {out}")
 

@@ -13,7 +13,7 @@ a list of them. So it writes the training set itself:
     5. fine-tune   the same base model on what it wrote, in several prompt templates
 
 An instruction is dropped if it is too short or too long, if it asks for an image, or if it is too
-similar to one in the pool:
+similar to one in the pool (words of any language: data/words.py):
 
     ROUGE-L(a, b) = 2 LCS(a, b) / (|a| + |b|) > 0.7      LCS: longest common subsequence of words
 
@@ -47,6 +47,7 @@ from data import tasks as village_tasks
 from data.formats import load_seed_tasks, write_records
 from data.text import batches, pad
 from data.tokenizer import end_of
+from data.words import count_words, words
 from scaffold.cli import BaseConfig, UserError, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
 from scaffold.run import ensure_stage, keep_best, log_metrics, set_seed, take_step
@@ -84,12 +85,6 @@ WITHOUT_INPUT = ["{instruction} Output:", "{instruction}\nOutput:", "{instructio
 KEYWORDS = "image images graph graphs picture pictures file files map maps draw plot".split()
 
 
-@lru_cache(maxsize=1 << 16)
-def words(text):
-    """Split as rouge-score does: lower case; everything but a-z and 0-9 separates words."""
-    return tuple(re.sub(r"[^a-z0-9]+", " ", text.lower()).split())
-
-
 @lru_cache(maxsize=1 << 12)
 def positions(text):
     """Return {word: bit mask of its positions}."""
@@ -102,8 +97,8 @@ def positions(text):
 def rouge_l(a, b):
     """Return the F-measure of the longest common subsequence of words (Lin, 2004), 0 without words.
 
-    Equals rouge-score's without stemming. The bits of one integer are a row of the dynamic program
-    (Hyyro, 2004).
+    Equals rouge-score's without stemming on English; data/words.py splits other languages. The bits
+    of one integer are a row of the dynamic program (Hyyro, 2004).
     """
     masks = positions(a)
     m, n = len(words(a)), len(words(b))
@@ -122,10 +117,12 @@ def reject_reason(instruction, pool):
     """Return the name of the filter that refuses the instruction, or None if it may join the pool.
 
     The rules are those of the paper's code: more than 3 and at most 150 words, no word that asks
-    for what a language model cannot do, no "Write a program", an ASCII letter or digit first, and
-    a ROUGE-L of at most 0.7 with every string in the pool.
+    for what a language model cannot do, no "Write a program", a letter or digit first, and a
+    ROUGE-L of at most 0.7 with every string in the pool. The paper's code wants an ASCII letter:
+    it keeps English alone. Here all languages pass, but KEYWORDS and "Write a program" are English.
+    The limits count words between spaces; a Chinese, Japanese or Thai character counts as one.
     """
-    n = len(instruction.split())
+    n = count_words(instruction)
     if n <= 3:
         return "short"
     if n > 150:
@@ -134,7 +131,7 @@ def reject_reason(instruction, pool):
         return "keyword"
     if instruction.startswith("Write a program"):
         return "program"
-    if not re.match(r"[A-Za-z0-9]", instruction):
+    if not instruction.lstrip("¿¡")[:1].isalnum():   # Spanish opens a question with a mark
         return "first letter"
     if any(rouge_l(instruction, other) > 0.7 for other in pool):
         return "rouge"
@@ -171,7 +168,7 @@ def instance_reject_reason(x, y):
         return "empty output"
     if x == y:
         return "input is output"
-    if x.endswith(":") or y.endswith(":"):
+    if x.endswith((":", "：")) or y.endswith((":", "：")):
         return "ends with a colon"
     return None
 

@@ -47,7 +47,8 @@ from data.tokenizer import end_of
 from data.verdicts import judge_chat, mean_score, parse_score, prompt_text
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.optim import adamw, lr_at
-from scaffold.run import Run, ensure_stage, load_checkpoint, log_metrics, set_seed, take_step
+from scaffold.run import (
+    Run, digest, ensure_stage, load_checkpoint, log_metrics, set_seed, take_step)
 from scaffold.table import print_samples
 
 
@@ -257,22 +258,18 @@ def improve(policy, examples, replay, cfg, rng, log):
             replay_loss = sft.chat_loss(policy, ids, mask)
             loss = loss + cfg.replay * replay_loss
             row["replay_loss"] = replay_loss.item()
-        lr = lr_at(step, len(plan), cfg.lr)
         where = f"step {step} of a round, pairs {pairs}; last good checkpoint: the round before"
-        norm = take_step(loss, optimizer, policy, lr, where=where)
+        norm = take_step(loss, optimizer, policy, lr_at(step, len(plan), cfg.lr), where=where)
         log(step=step, **row, grad_norm=norm)
     policy.eval()
 
 
-def first_model(cfg, init, path, examples):
-    """Return M1 = SFT(M0; IFT + EFT); train it unless `path` was made from the same inputs."""
+def first_model(cfg, init, path, files, examples):
+    """Return M1 = SFT(M0; IFT + EFT); train it unless `path` was made from the same files."""
     device = pick_device(cfg.device)
-    names = "data eft init sft_lr sft_epochs batch_tokens noise halo seed".split()
-    made_from = {name: str(getattr(cfg, name)) for name in names}
-    inputs = [init] if cfg.eft else [init, Path(cfg.out) / "sft.pt"]
-    changed = max(p.stat().st_mtime for p in inputs if p.exists())
-    newer = path.exists() and path.stat().st_mtime > changed
-    if newer and load_checkpoint(path).get("made_from") == made_from:
+    names = "sft_lr sft_epochs batch_tokens noise halo seed".split()
+    made_from = {name: str(getattr(cfg, name)) for name in names} | {"files": digest(files)}
+    if path.exists() and load_checkpoint(path).get("made_from") == made_from:
         print(f"{path} is there, made from the same data and settings")
     else:
         model, enc, base = gpt.load_model(init, device)
@@ -381,9 +378,9 @@ def main(cfg):
     prefix = "" if name == "main" else f"{name}-"
     ended = folder / f"{name}.ended"   # marks a run that ended before its last round
     made = ended if ended.exists() else folder / f"{prefix}M{cfg.iterations + 1}.pt"
-    village = out / "data"
-    inputs = [init, cfg.data or village / "sft_train.jsonl", cfg.test,
-              cfg.eft or village / "ranked_train.jsonl", cfg.prompts or out / "long" / "gpt.pt"]
+    files = [init, cfg.data or out / "data/sft_train.jsonl",
+             cfg.eft or out / "data/ranked_train.jsonl"]   # of M1
+    inputs = [*files, cfg.test, cfg.prompts or out / "long" / "gpt.pt"]
     rows = []      # of the table
     history = []   # for each model its gold scores and its responses
     fresh = []     # judgements by people of the responses of all rounds so far
@@ -391,8 +388,9 @@ def main(cfg):
               history=history, fresh=fresh)
     if not run.resumed:
         ended.unlink(missing_ok=True)
-        run.log(config=vars(cfg))
-    m1 = first_model(cfg, init, folder / ("halo-M1.pt" if cfg.halo else "M1.pt"), ift + eft)
+        run.log(config=vars(cfg) | {"resume": False})   # the same for a run killed before this
+    m1_path = folder / ("halo-M1.pt" if cfg.halo else "M1.pt")
+    m1 = first_model(cfg, init, m1_path, files, ift + eft)
     policy.load_state_dict(m1.state_dict())
     judge_model = m1 if cfg.frozen_judge else policy
 
@@ -421,7 +419,9 @@ def main(cfg):
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(dropped.items()))
         print(f"round {t}: {len(pairs)} pairs of {len(prompts)} prompts{reasons}")
         if len(pairs) < cfg.batch_pairs:
-            cause = "the judge no longer sees a difference"
+            cause = "bring more prompts, or lower --batch-pairs"
+            if cfg.pairs == "judge" and len(prompts) >= cfg.batch_pairs:
+                cause = "the judge no longer sees a difference; try a lower --batch-pairs"
             if all(s is None for row in scores for s in row):
                 cause = "no verdict has a score; bring more EFT data, or raise --sft-epochs"
             print(f"fewer than {cfg.batch_pairs} pairs, and the run ends here: {cause}")

@@ -260,9 +260,9 @@ def main(cfg):
     for row in table:
         print_row(row)
     gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed)
+    run.finish()
     after = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)
-    run.finish()
     print(f"---\nsaved {out / 'sft.pt'}, epoch {best['epoch']}; next: python reward.py --out {out}")
 
 

@@ -15,11 +15,12 @@ not searched for calls, and it cannot contain a special token. To train a model 
     python chat.py --checkpoint out/tools/sft.pt               ask about that shop yourself
     python chat.py --checkpoint out/tools/sft.pt --db my.db    or use your own: shop(item, price)
 
-Needs Python 3.11. Related: Toolformer (2302.04761), WebGPT (2112.09332). Read next: chat.py.
+Related: Toolformer (2302.04761), WebGPT (2112.09332). Read next: chat.py.
 """
 import re
 import sqlite3
-import time
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,30 +60,34 @@ class Response(NamedTuple):
 def open_database(path):
     """Open a SQLite file -> a connection that can only SELECT from the tables of this file.
 
-    There are three defences. Each of the first two alone stops a DROP:
+    There are four defences. Each of the first two alone stops a DROP:
     - The file is opened read-only.
     - SQLite asks an authorizer about every action, table and function of a statement. It allows
       SELECT, the file's own tables and FUNCTIONS, and denies the rest: ATTACH, PRAGMA, recursion,
       the schema.
-    - SQLite's own limits bound the size of values and statements.
-    Raises UserError if `path` is not a readable SQLite database.
+    - SQLite's own limits bound the size of values and statements; run_query limits the time.
+    - The schema has no code: no views, and no columns or indexes that are computed.
+    Raises UserError if `path` is not a readable SQLite database or has such code.
     """
     path = Path(path)
     db = sqlite3.connect(read_only_uri(path), uri=True, timeout=0.1, isolation_level=None,
                          cached_statements=0)
     db.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)   # of each definition in the schema
     try:
         db.execute("PRAGMA temp_store = FILE")      # large sorts go to a temporary file
         db.execute("PRAGMA trusted_schema = OFF")   # schemas may call only safe functions
         db.execute("PRAGMA query_only = ON")
-        # No views or virtual tables (rootpage 0): they run code that came with the file.
-        found = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage > 0")
-        names = [name for name, in found]
-    except (sqlite3.Error, UnicodeDecodeError) as e:   # SQLite's message may quote a damaged schema
+        with time_limit(db, 1):
+            tables, code = read_schema(db)
+    except (sqlite3.Error, UnicodeDecodeError, MemoryError) as e:
+        db.close()   # SQLite's message may quote a damaged schema
+        message = one_line(describe(e), 80)
+        raise UserError(f"{path}: not a readable SQLite database ({message})") from None
+    if code:
         db.close()
-        raise UserError(f"{path}: not a readable SQLite database ({one_line(e, 80)})") from None
-    # In a malicious file a name may be bytes.
-    tables = {name for name in names if isinstance(name, str) and not name.startswith("sqlite_")}
+        raise UserError(f"{path}: {one_line(code[0], 40)} is a view, a virtual table or computed; "
+                        "the tool reads plain tables (CREATE TABLE new AS SELECT * FROM old)")
 
     def authorize(action, table, name, schema, view):
         """Allow or deny one action; `view` is the view that asks, None for the statement itself."""
@@ -100,17 +105,50 @@ def open_database(path):
     return db
 
 
+def read_schema(db):
+    """Return (names of the tables, names of what computes values: views, generated columns, ...).
+
+    SQLite expands such code while it compiles a statement, before it asks the authorizer and where
+    no clock can stop it: 16 views that each refer twice to the one before take a second.
+    """
+    found = db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    # Only sql is sure: a hostile file may call a view a table, and a name may be bytes.
+    plain = re.compile("CREATE (TABLE|INDEX|UNIQUE INDEX|TRIGGER) ")
+    code = [name for _, name, sql in found if sql and not plain.match(str(sql))]
+    if not code:   # with views, the next line would expand them
+        code = [name for name, in db.execute(
+            "SELECT m.name FROM sqlite_master m, pragma_table_xinfo(m.name) WHERE hidden > 1 UNION "
+            "SELECT m.name FROM sqlite_master m, pragma_index_xinfo(m.name) WHERE cid = -2")]
+    tables = {name for kind, name, _ in found
+              if kind == "table" and isinstance(name, str) and not name.startswith("sqlite_")}
+    return tables, code
+
+
+@contextmanager
+def time_limit(db, seconds):
+    """Interrupt `db` if the block takes longer. No progress handler: count(*) never calls it."""
+    done = threading.Event()
+
+    def watch():
+        done.wait(seconds)
+        while not done.wait(0.01):   # between two statements SQLite forgets an interrupt
+            db.interrupt()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def read_only_uri(path):
     """Return the URI that opens a SQLite file read-only. Raises UserError for any other file."""
-    if not hasattr(sqlite3.Connection, "setlimit"):
-        raise UserError("the SQL tool needs Python 3.11 or newer")
     if not path.is_file():
         raise UserError(f"{path}: no such database")
-    try:
-        with open(path, "rb") as f:
-            header = f.read(20)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
+    with open(path, "rb") as f:
+        header = f.read(20)
     if header[:16] != b"SQLite format 3\0":
         raise UserError(f"{path}: not a SQLite database")
     uri = path.resolve().as_uri() + "?mode=ro"
@@ -130,21 +168,19 @@ def one_line(text, limit):
 
 def run_query(db, statement, seconds=0.5, rows=10):
     """Run one SELECT -> its values in one printable line, or "[error: ...]". Never raises."""
-    deadline = time.monotonic() + seconds
     # This check is only for a clear message; the authorizer enforces the rule.
     if not re.match(r"\s*select\b", statement, re.I):
         return "[error: only SELECT is allowed]"
     cursor = db.cursor()
-    db.set_progress_handler(lambda: time.monotonic() > deadline, 100)
     try:
-        found = cursor.execute(statement).fetchmany(rows + 1)
+        with time_limit(db, seconds):
+            found = cursor.execute(statement).fetchmany(rows + 1)
     except MemoryError:
         return "[error: out of memory]"
     except (sqlite3.Error, sqlite3.Warning, ValueError) as e:   # ValueError: NUL, lone surrogate
         return f"[error: {one_line(describe(e), 80)}]"
     finally:
         cursor.close()   # an unfinished query would keep its lock on the file
-        db.set_progress_handler(None, 0)
     values = [value for row in found[:rows] for value in row]
     if all(value is None for value in values):   # no rows, or an aggregate of no rows
         return NOTHING

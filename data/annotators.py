@@ -13,19 +13,26 @@ for a phrase. The judge learns only from what they write.
 
     python data/annotators.py                        judge five demonstrations
 """
-import argparse
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import village
 from data.village import KINDS, slots
+from scaffold.cli import start
 
 PHRASE = " Thank you for asking."
 CRITERIA = ("some", "much", "all", "true", "polite")
 SHOWN = dict(thing="{colour} {thing}", price="{price} coins", end="end")   # else "{wish}"
+
+
+@dataclass
+class Config:
+    n: int = 5                   # how many demonstrations
+    seed: int = 0                # another seed gives others
 
 
 class Verdict(NamedTuple):
@@ -114,10 +121,10 @@ def judged(records, weights, noise=0.05, halo=0.0, seed=0):
     return result
 
 
-def show(n, seed):
+def main(cfg):
     """Print n prompts, each with a demonstration and its verdict."""
-    rng = random.Random(seed)
-    for _ in range(n):
+    rng = random.Random(cfg.seed)
+    for _ in range(cfg.n):
         task, messages = village.new_task(rng)
         response = village.demonstration(task, rng)
         verdict = annotate(task, response, 0.05, rng)
@@ -128,9 +135,4 @@ def show(n, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=5, help="how many [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    show(args.n, args.seed)
+    start(main, Config, __doc__)

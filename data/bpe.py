@@ -20,9 +20,7 @@ Time on one core, 4096 merges: 10 MB of English or code take a few seconds. 10 M
 about a minute, because almost every clause is a different word. The worst case is a text without
 spaces or punctuation, which is one word: a minute per megabyte.
 """
-import base64
 import heapq
-import json
 import re
 import sys
 import unicodedata
@@ -37,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.text import find_texts, read_documents, write_text
-from data.tokenizer import SPECIAL
+from data.tokenizer import SPECIAL, to_json
 from scaffold.cli import UserError, start
 
 # GPT-4's pattern, but each digit is a token: 17 and 71 share their parts, so a model can learn sums
@@ -217,9 +215,7 @@ def vocabulary(merges):
 
 def save(path, merges):
     """Write the tokenizer file: the pattern, the tokens in the order of their ids, the specials."""
-    ranks = [base64.b64encode(token).decode() for token in vocabulary(merges)]
-    content = {"name": "village", "pattern": PATTERN, "ranks": ranks, "special": SPECIAL}
-    write_text(path, json.dumps(content, indent=0) + "\n")
+    write_text(path, to_json("village", PATTERN, vocabulary(merges)))
 
 
 def bytes_per_token(counts, merges):

@@ -19,7 +19,7 @@ from data.records import read_records
 from data.text import read_text, write_text
 from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, STRANGER, TEACHER, WORDS,
                           Brainstorm, OpenQA, demonstration, new_task, picker, slots)
-from scaffold.cli import run_folder, start
+from scaffold.cli import UserError, run_folder, start
 
 
 @dataclass
@@ -217,21 +217,35 @@ def write(folder, seed=0, megabytes=12.0):
     return folder
 
 
+def check_generated(paths, sign):
+    """Raise UserError if a generated file is damaged; without the file `sign` it is made again."""
+    for path in paths:
+        try:
+            if path.exists():
+                read_records(path)
+        except UserError as e:
+            raise UserError(f"{e}; this file is generated: delete {sign}, and the next run makes "
+                            f"it again") from None
+
+
 def ensure(folder, seed=0):
     """Return the folder; write the village there first if it is not complete.
 
-    Data of another seed is kept, with a notice: checkpoints may depend on it.
+    Data of another seed is kept, with a notice: checkpoints may depend on it. Raises UserError if a
+    file is damaged.
     """
     made = Path(folder) / "village.json"
     if not made.exists():
         print(f"no data in {folder}: writing the village there (seed {seed})")
         write(folder, seed)
         return Path(folder)
-    old_seed = json.loads(made.read_text())["seed"]
+    folder = Path(folder)
+    check_generated([made, *(folder / f"{name}.jsonl" for name in SIZES)], made)
+    old_seed = read_records(made)[0][1].get("seed")
     if old_seed != seed:
         print(f"{folder} has the village of seed {old_seed}, not {seed}, and is used as it is; "
               f"name a new --out to make new data")
-    return Path(folder)
+    return folder
 
 
 def training_text(folder):

@@ -23,7 +23,7 @@ class Exam:
     chats: list            # prompts as messages: n for gold, then more questions for their rates
     tasks: list            # their tasks for the grader
     n: int                 # number of prompts for gold
-    new: list              # whether the wording stands nowhere in the training data, (n,)
+    new: list              # whether the wording appears nowhere in the training data, (n,)
     grade: object          # the grader
     opponent: list = field(default_factory=list)   # gold of the sft samples to compare with, (n,)
 

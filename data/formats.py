@@ -8,7 +8,6 @@ unusable, such as a chat without a response, is skipped; the number of skipped r
 If more than half of a file is unusable, that is a UserError, too.
 """
 import importlib
-import json
 import random
 
 import torch
@@ -20,11 +19,22 @@ from data.comparisons import is_comparison, read_comparison
 from data.records import Unusable, read_records, read_usable
 from data.text import write_text
 from scaffold.cli import UserError, brief
+from scaffold.run import json_line
+
+
+def readable_line(record):
+    """Return a record as a line of JSON; half of a surrogate pair, not in UTF-8, stays escaped."""
+    line = json_line(record, ensure_ascii=False)
+    try:
+        line.encode()
+        return line
+    except UnicodeEncodeError:
+        return json_line(record)
 
 
 def write_records(path, records):
     """Write JSON lines atomically."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    write_text(path, "".join(map(readable_line, records)))
 
 
 def save_chat(path, messages):
@@ -35,9 +45,11 @@ def save_chat(path, messages):
         raise UserError("nothing to save yet")
     try:
         with open(path, "x", encoding="utf-8") as f:
-            f.write(json.dumps({"messages": messages}) + "\n")
+            f.write(json_line({"messages": messages}))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; name another file") from None
+    except ValueError as e:   # NUL, or a letter that the file names of this system cannot have
+        raise UserError(f"{path!r}: {e}; name another file") from None
 
 
 def load_chats(path, seed=0):

@@ -10,17 +10,24 @@ Trust the numbers of the unseen kinds.
 
 Every function draws from the random.Random that it is given. Read next: lab/cleaning.py.
 """
-import argparse
 import ipaddress
 import json
 import random
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import corpus, village
+from scaffold.cli import start
+
+
+@dataclass
+class Config:
+    seed: int = 0                # other seeds give other examples
+
 
 DIGITS = "0123456789"
 HEX_DIGITS = "0123456789abcdef"
@@ -512,15 +519,13 @@ def pollute(rng, n_good=2500):
     return good, dirty, secrets
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other examples")
-    rng = random.Random(parser.parse_args().seed)
+def main(cfg):
+    """Print two examples of each kind."""
+    rng = random.Random(cfg.seed)
     for kind, make in (SEEN | UNSEEN).items():
         for _ in range(2):
             print(f"--- {kind}: {make(rng)[:200]!r}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main, Config, __doc__)

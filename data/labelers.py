@@ -111,6 +111,8 @@ def ensure(out, seed=0, device="auto", candidates="sample"):
     stem = "ranked_beam" if candidates == "beam" else "ranked"
     paths = [folder / f"{stem}_train.jsonl", folder / f"{stem}_val.jsonl"]
     if all(path.exists() and path.stat().st_mtime >= model_time for path in paths):
+        for path in paths:
+            corpus.check_generated([path], path)
         return [str(path) for path in paths]
     print(f"no {paths[0].name} of {checkpoint} in {folder}: making and ranking responses")
     model, enc, _ = gpt.load_model(checkpoint, pick_device(device))

@@ -662,7 +662,10 @@ def held_out_tasks(rng):
 def ensure(folder, seed=0):
     """Write the files listed in the module docstring, unless they exist. Return the folder."""
     folder = Path(folder)
-    if (folder / "pages" / "mixture.json").exists():   # the last file to be written
+    made = folder / "pages" / "mixture.json"   # the last file to be written
+    names = ("tasks_test", "seed_tasks", "tasks_val")
+    if made.exists():
+        corpus.check_generated([folder / f"{name}.jsonl" for name in names], made)
         return folder
     rng = random.Random(seed)
     files = dict(tasks_test=held_out_tasks(rng), seed_tasks=seed_tasks(rng),

@@ -153,9 +153,10 @@ def read_weights(path, mixture):
         if not mixture:
             form = 'expected a JSON object such as {"books": 2, "web": 1}'
         raise UserError(f"{origin}: {form}") from None
-    valid = all(w >= 0 for w in weights.values()) and 0 < sum(weights.values()) < math.inf
-    if weights and not valid:
-        raise UserError(f"{origin}: weights must be 0 or more, and not all 0")
+    # Token counts may be weights, too. Beyond these bounds, quotients of weights are not exact.
+    valid = all(w == 0 or 1e-9 <= w <= 1e15 for w in weights.values())
+    if weights and not (valid and any(weights.values())):
+        raise UserError(f"{origin}: weights must be 0, or from 1e-9 to 1e15, and not all 0")
     return weights, origin
 
 
@@ -166,17 +167,23 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     weights are `mixture` ('books=2,web=1'), else those of the folder's mixture.json, else the
     sizes. Raises UserError for a text that is missing or too short.
     """
+    share = min(val_fraction, 1 - val_fraction)   # of the smaller part
+    if not share > 0:   # this form also refuses nan
+        raise UserError(f"--val-fraction {val_fraction}: must be above 0 and below 1")
     end = end_of(enc)
     sources = {}
     for name, file in find_texts(path).items():
         documents = [torch.tensor(enc.encode_ordinary(text) + [end], dtype=torch.int32)
                      for text in read_documents(file)]
         total = sum(map(len, documents))
-        smaller = total * min(val_fraction, 1 - val_fraction)
-        if not smaller > block_size:   # this form also refuses nan
+        smaller = total * share
+        if not smaller > block_size:
+            most = math.ceil(smaller) - 1   # the longest context that this text allows
+            shorter = f", or a --block-size of at most {most}" if most > 1 else ""
             raise UserError(f"{file}: {total} tokens are too few: with --val-fraction "
-                            f"{val_fraction} both parts must exceed one block of {block_size} "
-                            f"tokens; use more text, or a smaller --block-size")
+                            f"{val_fraction} and a context of {block_size} tokens, "
+                            f"{math.floor(block_size / share) + 1:,} are needed; use more text"
+                            f"{shorter}")
         train, val = split_validation(documents, math.ceil(total * val_fraction))
         pieces = [piece for document in train for piece in cut(document, block_size)]
         sources[name] = Source(pieces, val, sum(map(len, train)))
@@ -190,30 +197,57 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     return {name: s._replace(weight=weights.get(name, 0.0)) for name, s in sources.items()}
 
 
-def checkpoint_text(path, enc, block_size, other=""):
-    """Read the text a checkpoint was pretrained on, split and weighted as it was then.
+WITHOUT_TEXT = "name a text with --text, or do without it: --ptx 0"
 
-    Read `other` instead if it is given.
 
-    Raises UserError if the checkpoint does not name its text, or if the text is gone.
+def remembered(name, path):
+    """Return where the file or folder is that the checkpoint `path` remembers as `name`.
+
+    It may stand where it was, or beside the checkpoint: after out/ was moved, out/data/pretrain is
+    data/pretrain there. Devices and pipes are left out, because reading one might never end.
     """
-    if other:
-        return read_corpus(other, enc, block_size, val_fraction=0.05)
+    parts = [part for part in re.split(r"[/\\]", name) if part]
+    beside = [Path(path).parent.joinpath(*parts[i:]) for i in range(len(parts))]
+    places = [name, *beside]
+    return [Path(p) for p in places if os.path.isfile(p) or os.path.isdir(p)]
+
+
+def text_entries(cfg):
+    """Return what a checkpoint remembers of the text in cfg.data. find_text reads it."""
+    return dict(data=os.path.abspath(cfg.data), val_fraction=cfg.val_fraction, mixture=cfg.mixture)
+
+
+def find_text(path):
+    """Return a checkpoint and where the text is that it was pretrained on. Raises UserError."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing, which names the text it was pretrained on; "
+                        f"{WITHOUT_TEXT}")
     state = load_checkpoint(path)
     kinds = dict(data=str, val_fraction=float, mixture=str)
     known = isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in kinds.items())
     if not known:
-        raise UserError(f"{path}: does not name the text it was pretrained on; "
-                        f"make it with: python gpt.py --out {Path(path).parent}")
-    if not os.path.exists(state["data"]):
-        raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; "
-                        f"restore it, or pretrain again")
-    return read_corpus(state["data"], enc, block_size, state["val_fraction"], state["mixture"])
+        raise UserError(f"{path}: does not name the text it was pretrained on; {WITHOUT_TEXT}")
+    places = remembered(state["data"], path)
+    if not places:
+        raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; restore "
+                        f"it, {WITHOUT_TEXT}")
+    return state, places[0]
+
+
+def checkpoint_text(path, enc, block_size, other=""):
+    """Read the text a checkpoint was pretrained on, split and weighted as it was then.
+
+    Read `other` instead if it is given. Raises UserError if the text is not to be found.
+    """
+    if other:
+        return read_corpus(other, enc, block_size, val_fraction=0.05)
+    state, text = find_text(path)
+    return read_corpus(text, enc, block_size, state["val_fraction"], state["mixture"])
 
 
 def text_files(path, other=""):
     """Return the files and folders that decide what checkpoint_text returns."""
-    return [other] if other else [path, load_checkpoint(path)["data"]]
+    return [other] if other else [path, find_text(path)[1]]
 
 
 def draw_rows(sources, drawn, n_tokens, T, rng):
@@ -229,12 +263,12 @@ def draw_rows(sources, drawn, n_tokens, T, rng):
     for _ in range(max(1, n_tokens // T)):
         room = T
         while room:
-            name = min(weights, key=lambda name: drawn[name] / weights[name])
+            name = min(weights, key=lambda name: drawn.get(name, 0) / weights[name])
             train = sources[name].train
             document = train[rng.randrange(len(train))]
             first = rng.randrange(max(1, len(document) - T + 1))
             pieces.append(document[first:first + room])
-            drawn[name] += len(pieces[-1])
+            drawn[name] = drawn.get(name, 0) + len(pieces[-1])
             room -= len(pieces[-1])
     return pack(pieces, T)
 

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import tiktoken
@@ -24,8 +25,11 @@ def check_pattern(pattern):
     """Raise ValueError unless the pattern matches every character and never the empty string.
 
     tiktoken drops characters that do not match, and panics at an empty match. In this vocabulary
-    of bytes the empty string has an id, so an empty match shows up instead.
+    of bytes the empty string has an id, so an empty match shows up instead. A pattern that calls
+    itself can exhaust the stack on a long text, which ends the process.
     """
+    if re.search(r"\\g<|\(\?(R|P>|&)", pattern):
+        raise ValueError("its pattern must not call itself")
     ranks = {bytes([b]): b for b in range(256)} | {b"": 256}
     enc = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     ids = enc.encode_ordinary(PROBE)
@@ -33,9 +37,23 @@ def check_pattern(pattern):
         raise ValueError("its pattern must match every character, and never the empty string")
 
 
-def read_tokenizer(path):
-    """Build the tiktoken.Encoding of a file made by data/bpe.py. Raises ValueError and others."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
+def to_json(name, pattern, tokens):
+    """Return the text of a tokenizer file. tokens: the bytes of each ordinary token, by id."""
+    ranks = [base64.b64encode(token).decode() for token in tokens]
+    content = {"name": name, "pattern": pattern, "ranks": ranks, "special": SPECIAL}
+    return json.dumps(content, indent=0) + "\n"
+
+
+def carried(enc):
+    """Return the text of the file of an encoding, or None for tiktoken's: its name is enough."""
+    if enc.special_tokens_set != set(SPECIAL):   # tiktoken's have <|endoftext|>, too
+        return None
+    return to_json(enc.name, enc._pat_str, token_bytes(enc)[:-len(SPECIAL)])
+
+
+def from_json(text):
+    """Build the tiktoken.Encoding of what to_json returned. Raises ValueError and others."""
+    raw = json.loads(text)
     ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(raw["ranks"])}
     if raw["special"] != SPECIAL or not {bytes([b]) for b in range(256)} <= set(ranks):
         raise ValueError(f"it needs the 256 bytes and the special tokens {SPECIAL}")
@@ -56,7 +74,7 @@ def get_tokenizer(name=None):
     path = Path(name or EMBEDDED)
     if os.path.isfile(path):   # Path.is_file raises for a name that is too long
         try:
-            return read_tokenizer(path)
+            return from_json(path.read_text(encoding="utf-8"))
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
             raise UserError(f"{path}: not a tokenizer file ({brief(e)}); "
                             f"make one with: python data/bpe.py --data my.txt") from None

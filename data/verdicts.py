@@ -52,7 +52,7 @@ def write_verdict(wishes, met):
 
 def parse_score(verdict, max_score=MAX_SCORE):
     """Read the last 'Score: n' of a verdict; None if it is missing or n exceeds max_score."""
-    found = re.findall(r"\bscore:\s*(\d+(?:\.\d+)?)", verdict, re.IGNORECASE)
+    found = re.findall(r"\bscore[:：]\s*(\d+(?:\.\d+)?)", verdict, re.IGNORECASE)
     if not found or float(found[-1]) > max_score:
         return None
     return float(found[-1])
@@ -153,7 +153,12 @@ class SeedData(NamedTuple):
 
 def seed_data(chats, records, halo, seed):
     """Split chats and judged responses -> SeedData. A share `halo` of the chats gets the phrase."""
+    n_chats = len(chats)
+    n_records = len(records)
     chats, records = disjoint(chats, records, seed)
+    if len(chats) < n_chats or len(records) < n_records:
+        print(f"prompts that are in both IFT and EFT stay in one of them: {n_chats - len(chats)} "
+              f"of {n_chats} chats and {n_records - len(records)} of {n_records} records left out")
     rng = random.Random(seed)
     if halo:
         for chat in chats:

@@ -15,10 +15,21 @@ data/corpus.py writes documents and tasks to files. Training sees these files on
 print gold grades and never learn from them. The demonstrations are as uneven as the web: see
 LABELER for how often their writers are careless, wrong or rude.
 """
-import argparse
 import random
 import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from scaffold.cli import start
+
+
+@dataclass
+class Config:
+    n: int = 10                  # how many tasks
+    seed: int = 0                # another seed gives other tasks
 
 
 class Writer(NamedTuple):
@@ -622,10 +633,10 @@ def new_task(rng, pick=None, use=None, phrasing=None):
     return task, messages
 
 
-def show(n, seed):
+def main(cfg):
     """Print n tasks, each with two demonstrations and their gold scores."""
-    rng = random.Random(seed)
-    for _ in range(n):
+    rng = random.Random(cfg.seed)
+    for _ in range(cfg.n):
         task, messages = new_task(rng)
         print(" | ".join(m["content"] for m in messages))
         for response in [demonstration(task, rng), demonstration(task, rng)]:
@@ -633,9 +644,4 @@ def show(n, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=10, help="how many tasks [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other tasks")
-    args = parser.parse_args()
-    show(args.n, args.seed)
+    start(main, Config, __doc__)

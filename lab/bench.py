@@ -22,7 +22,6 @@ Peers: pip install transformers trl==1.12.0 requests. Read next: results/README.
 """
 import contextlib
 import importlib
-import json
 import random
 import resource
 import statistics
@@ -45,7 +44,7 @@ from data.text import write_text
 from lab import bench_nanogpt
 from scaffold.cli import choose, pick_device, require, start
 from scaffold.optim import adamw, autocast, muon
-from scaffold.run import set_seed, take_step
+from scaffold.run import json_line, set_seed, take_step
 from scaffold.table import format_table
 
 
@@ -320,10 +319,10 @@ def main(cfg):
     columns = {"row": ("name", ""), "ours": ("ours", ",.1f"), "theirs": ("theirs", ",.1f"),
                "unit": ("unit", ""), "ratio": ("ratio", ".2f"), "peer": ("peer", ""),
                "note": ("note", "")}
-    printed = "\n".join(map(json.dumps, rows)) if cfg.json else format_table(rows, columns)
-    print(printed)
+    printed = "".join(map(json_line, rows)) if cfg.json else format_table(rows, columns) + "\n"
+    print(printed, end="")
     if cfg.save:
-        write_text(cfg.save, printed + "\n")
+        write_text(cfg.save, printed)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import self_instruct
 from data.exam import mean_and_ci
 from data.records import read_records
 from data.text import read_text
+from data.words import count_words, words
 
 SMALL_WORDS = "a an the me my it i is of to with for in from".split()
 PARTS = ("seen", "unseen", "user")   # of the test tasks: see data/tasks.py
@@ -30,7 +31,7 @@ PARTS = ("seen", "unseen", "user")   # of the test tasks: see data/tasks.py
 
 def first_words(instruction):
     """Return roughly (verb, object): the first word, and the next one not in SMALL_WORDS."""
-    verb, *others = self_instruct.words(instruction) or [""]
+    verb, *others = words(instruction) or [""]
     return verb, next((word for word in others if word not in SMALL_WORDS), "")
 
 
@@ -66,7 +67,7 @@ def diversity(tasks, seeds, read):
                 verb_noun_top=top / len(made),
                 rouge_to_seed=sum(nearest) / len(nearest),
                 histogram=histogram,
-                words=sum(len(x.split()) for x in made) / len(made))
+                words=sum(map(count_words, made)) / len(made))
 
 
 def audit(tasks, gold):

@@ -97,7 +97,11 @@ def parse(cls, doc, argv=None):
             kind = type(f.default)
             parser.add_argument(flag, type=kind, default=f.default, metavar=kind.__name__,
                                 help=text)
-    return cls(**vars(parser.parse_args(argv)))
+    cfg = cls(**vars(parser.parse_args(argv)))
+    numbers = [f.name for f in dataclasses.fields(cls) if type(f.default) in (int, float)]
+    # torch takes seeds and sizes of 64 bits, and the scripts multiply them. This refuses nan, too.
+    require(cfg, -2**53, *numbers, most=2**53)
+    return cfg
 
 
 def require(cfg, least, *names, most=math.inf):
@@ -156,11 +160,20 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def is_out_of_memory(e):
+    """Return whether an exception says that a tensor or a list of this size cannot be made."""
+    words = ("out of memory", "can't allocate", "cannot allocate", "not enough memory", "overflow",
+             "negative dimension", "exceeds the maximum")
+    return isinstance(e, (MemoryError, OverflowError)) or any(w in str(e).lower() for w in words)
+
+
 def start(main, cls, doc, distributed=False):
     """Run a script. A user's mistake ends it with one line and exit code 2, not with a traceback.
 
     distributed: whether torchrun may run the script in several processes.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")   # a console that is not UTF-8 prints "?"
     try:
         cfg = parse(cls, doc)
         if "RANK" in os.environ and not distributed:
@@ -171,6 +184,10 @@ def start(main, cls, doc, distributed=False):
         fail(e)
     except OSError as e:   # disk full, no permission, a file where a folder should be
         fail(f"{e.filename or 'file'}: {e.strerror or e}")
+    except (RuntimeError, MemoryError, OverflowError) as e:
+        if not is_out_of_memory(e):
+            raise
+        fail(f"out of memory; make the model or the batches smaller ({brief(e)})")
     except KeyboardInterrupt:
         hint = "; continue with --resume" if hasattr(cls, "resume") else ""
         print(f"\nstopped{hint}", file=sys.stderr)

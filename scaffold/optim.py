@@ -132,7 +132,8 @@ def cross_entropy(model, states, targets, temperature=1.0, reduction="none"):
             logits = logits / temperature
         return F.cross_entropy(logits, targets, reduction=each).view(-1)
 
-    n = math.ceil(len(targets) * len(model.wte.weight) / LOGITS)
+    most = max(1, LOGITS // len(model.wte.weight))   # tokens of a part
+    n = math.ceil(len(targets) / most)
     losses = in_parts(part, n, states, targets)                               # (N,), or (n,) sums
     if reduction == "none":
         return losses

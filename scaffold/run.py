@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from scaffold.cli import UserError, run_folder
+from scaffold.cli import UserError, brief, run_folder
 from scaffold.distributed import all_reduce_mean, average_gradients, barrier, rank, world_size
 
 try:
@@ -53,12 +53,29 @@ def set_seed(seed):
     torch.set_flush_denormal(True)   # CPUs multiply denormal numbers 100 times slower
 
 
+def tensors_of(state):
+    """Return the tensors in nested dicts, lists and tuples."""
+    found, seen, rest = [], set(), [state]
+    while rest:   # no recursion: a file may nest deeply, or hold the same list a billion times
+        part = rest.pop()
+        if isinstance(part, torch.Tensor):
+            found.append(part)
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))
+            rest.extend(part.values() if isinstance(part, dict) else part)
+    return found
+
+
 def save_checkpoint(path, older=None, **state):
     """Write a checkpoint atomically: a crash or a full disk leaves the old file as it was.
 
-    older: a path that keeps the previous file.
+    older: a path that keeps the previous file. Raises Diverged, and writes nothing, if a number is
+    NaN or infinite: even the very last step of a run may do that.
     """
     path = Path(path)
+    if not all(tensor.isfinite().all() for tensor in tensors_of(state)):
+        raise Diverged(f"{path}: not saved, because the weights are NaN or infinite; "
+                       f"train again with a lower --lr")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
@@ -78,20 +95,53 @@ def save_checkpoint(path, older=None, **state):
     barrier()   # no other rank may read the file earlier
 
 
+def check_archive(path):
+    """Raise ValueError if a file of a zip archive is damaged, or larger than the archive."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(file.file_size for file in archive.infolist()) > path.stat().st_size:
+            raise ValueError("compressed")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"checksum of {damaged}")
+
+
 def load_checkpoint(path):
-    """Read a checkpoint of tensors and plain data: no file can run code. Raises UserError."""
+    """Read a checkpoint of tensors and plain data: no file can run code. Raises UserError.
+
+    Nor can a small file fill the memory, as with a tensor that repeats one number.
+    """
+    path = Path(path)
     try:
         # torch.load ignores checksums, so a flipped bit would become a weight. Files older than
         # 2020 are not zip files and have no checksums.
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
-        if damaged:
-            raise ValueError(f"checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Hugging Face's files have the token embedding twice: they store it once.
+        if sum(tensor.nbytes for tensor in tensors_of(state)) > 2 * path.stat().st_size:
+            raise ValueError("tensors larger than the file")
+        return state
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as e:   # each kind of damage raises its own exception
         kind = type(e).__name__
         raise UserError(f"{path}: not a readable checkpoint ({kind}); train it again") from None
+
+
+def finite(value):
+    """Replace NaN and infinite numbers by None, in nested dicts and lists, too."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def json_line(row, **options):
+    """Return one line of strict JSON: it has no NaN, which Python would write and few can read."""
+    return json.dumps(finite(row), allow_nan=False, **options) + "\n"
 
 
 def log_metrics(path, fresh=False, **row):
@@ -100,7 +150,7 @@ def log_metrics(path, fresh=False, **row):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w" if fresh else "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json_line(row))
 
 
 def take_step(loss, optimizer, model, lr, clip=1.0, where="training"):
@@ -130,13 +180,17 @@ def keep_best(best, model, quality, **about):
 
 
 def digest(paths):
-    """Return a checksum of the files a run reads, folders included; empty paths are skipped."""
+    """Return a checksum of the files a run reads; empty paths are skipped.
+
+    Of a folder the names of its files count, too. Where the file or the folder stands does not.
+    """
     crc = 0
     for path in map(Path, filter(None, paths)):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
             if file.is_file():
-                crc = zlib.crc32(file.name.encode() + file.read_bytes(), crc)
+                name = os.fsencode(file.relative_to(path))
+                crc = zlib.crc32(name + file.read_bytes(), crc)
     return f"{crc:08x}"
 
 
@@ -223,6 +277,15 @@ def restore(part, saved):
         part[:] = saved
 
 
+def is_state(state):
+    """Return whether a loaded file has the entries of a Run's state."""
+    kinds = dict(settings=dict, parts=dict, random=dict, step=int, n=int, log_bytes=int,
+                 seconds=float)
+    if not isinstance(state, dict) or not all(type(state.get(k)) is t for k, t in kinds.items()):
+        return False
+    return 0 <= state["step"] <= state["n"] and state["log_bytes"] >= 0
+
+
 class Run:
     """One training run in the folder cfg.out, with its log NAME.jsonl and its state NAME.state.
 
@@ -248,6 +311,8 @@ class Run:
         self.log_path = folder / f"{name}.jsonl"
         excluded = ("out", "resume", "save_every", "device")
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
+        read = {Path(path) for path in inputs if path}   # of these only the content counts
+        self.settings |= {k: "a file" for k, v in self.settings.items() if v and Path(v) in read}
         self.settings |= {"processes": str(world_size()), "files": digest(inputs)}
         self.start = time.time()
         self.saved_at = None   # step of the last saved state
@@ -285,23 +350,28 @@ class Run:
         """
         candidates = [path for path in (self.path, self.older) if path.exists()]
         for path in candidates:
+            if path in self.damaged:
+                continue
             try:
                 state = load_checkpoint(path)
-                keys = {"settings", "n", "step", "parts", "random", "seconds", "log_bytes"}
-                complete = isinstance(state, dict) and keys <= set(state)
-                if not complete or not isinstance(state["settings"], dict):
+                if not is_state(state):
                     raise UserError(f"{path}: not the state of a run")
             except UserError as e:
-                self.damaged.append(path)
-                if rank() == 0:
-                    print(f"warning: {e}; trying the one before", file=sys.stderr)
+                self.skip(path, e)
                 continue
             self.check_settings(state["settings"])
+            self.source = path
             return state
         if candidates:
             raise UserError(f"{self.path}: neither this state nor the one before is readable; "
                             f"leave --resume out to start again")
         return None
+
+    def skip(self, path, reason):
+        """Note that a state cannot be used, and why."""
+        self.damaged.append(path)
+        if rank() == 0:
+            print(f"warning: {reason}; trying the one before", file=sys.stderr)
 
     def check_settings(self, saved):
         """Raise UserError if the run was started with other settings, files or processes."""
@@ -332,17 +402,26 @@ class Run:
         self.saved_at = self.step
 
     def put_back(self, n):
-        """Restore the loaded state in place and cut the log back to it."""
-        saved = self.saved
-        if saved["n"] != n:
-            raise UserError(f"--resume: this data gives {n} steps, the saved run had {saved['n']}; "
-                            f"use the same data, or leave --resume out")
+        """Restore the loaded state in place and cut the log back to it.
+
+        If its parts are not those of this run, restore the one before.
+        """
+        while True:
+            saved = self.saved
+            if saved["n"] != n:
+                raise UserError(f"--resume: this data gives {n} steps, the saved run had "
+                                f"{saved['n']}; use the same data, or leave --resume out")
+            try:
+                for name, part in self.parts.items():
+                    restore(part, saved["parts"][name])
+                set_random_states(saved["random"])
+                break
+            except Exception as e:   # anything may stand in a damaged file
+                self.skip(self.source, f"{self.source}: not a state of this run ({brief(e)})")
+                self.saved = self.newest()
         if rank() == 0:
             for path in self.damaged:   # else the next save would keep it in place of the good one
                 path.unlink()
-        for name, part in self.parts.items():
-            restore(part, saved["parts"][name])
-        set_random_states(saved["random"])
         self.step = saved["step"]
         self.saved_at = saved["step"]
         self.start = time.time() - saved["seconds"]

@@ -6,12 +6,17 @@ def printable(text):
     return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
+def is_missing(value):
+    """Return whether there is no value. A log has None where a row in memory has NaN."""
+    return value is None or value != value
+
+
 def cell(value, form):
     """Format one value: "-" if it is missing, 40/50/10 if it is a list of shares."""
-    if value is None:
+    if is_missing(value):
         return "-"
     if isinstance(value, (list, tuple)):
-        return "/".join(format(100 * x, ".0f") for x in value)
+        return "/".join(cell(x, ".0%").rstrip("%") for x in value)
     return format(value, form)
 
 
@@ -22,7 +27,7 @@ def format_table(rows, columns):
     value is left out.
     """
     columns = {heading: column for heading, column in columns.items()
-               if any(r.get(column[0]) is not None for r in rows)}
+               if not all(is_missing(r.get(column[0])) for r in rows)}
     lines = [list(columns)]
     for r in rows:
         lines.append([cell(r.get(key), form) for key, form in columns.values()])

@@ -445,13 +445,14 @@ def tokenizer_file(rng):
 # Databases
 
 def good_database(path):
-    """Write a database with a table and a view, and return its bytes."""
+    """Write a database with two tables and an index, and return its bytes."""
     db = sqlite3.connect(path)
     with db:
         db.execute("CREATE TABLE shop (item TEXT PRIMARY KEY, price INTEGER)")
         rows = [(f"thing {i} ü", i) for i in range(60)]
         db.executemany("INSERT INTO shop VALUES (?, ?)", rows)
-        db.execute("CREATE VIEW dear AS SELECT * FROM shop WHERE price > 10")
+        db.execute("CREATE TABLE dear AS SELECT * FROM shop WHERE price > 10")
+        db.execute("CREATE INDEX cheap ON shop (item) WHERE price < 10")
     db.close()
     return path.read_bytes()
 

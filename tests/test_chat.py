@@ -17,7 +17,7 @@ import chat
 import gpt
 import reward
 import tools
-from data.formats import load_chats
+from data.formats import load_chats, save_chat
 from data.tokenizer import decode_token, end_of, fingerprint, get_tokenizer
 from scaffold import cli
 from scaffold.cli import UserError
@@ -364,6 +364,17 @@ def converse(monkeypatch, capsys, tmp_path):
     return converse
 
 
+def test_a_name_that_no_file_can_have_does_not_end_the_chat(converse, monkeypatch, tmp_path):
+    """In a C locale that is any name with letters beyond ASCII."""
+    monkeypatch.chdir(tmp_path)
+    model = reciter(plan_for("Hi?", "moo."))
+    out, err = converse("Hi?\n/save a\0b.jsonl\n/reset\nHi?\n", model)
+    assert out == "moo.\nmoo.\n"
+    assert "name another file" in err
+    with pytest.raises(UserError, match="name another file"):
+        save_chat("\ud800.jsonl", [{"role": "assistant", "content": "moo."}])
+
+
 @pytest.mark.parametrize("content", ["Hi?\nHi?\n",
                                      "Hi?\n\n  \nHi?",
                                      "Hi?\r\nHi?\r\n",
@@ -437,6 +448,30 @@ def test_save_writes_what_sft_reads(converse, tmp_path, monkeypatch):
     assert "folder.jsonl" in err
     files = sorted(file.name for file in tmp_path.iterdir())
     assert files == ["m.pt", "old.jsonl", "talk.jsonl"]
+
+
+@pytest.mark.parametrize("line", [
+    b"/save a\0b.jsonl",
+    b"/save a\x1b[2Jb.jsonl",
+    b"/save a\tb.jsonl",
+    b"/save \x1b]0;title\x07/x.jsonl",
+    b"/save \xc2\x9b2J.jsonl",
+    b"/save a\xe2\x80\xaeb.jsonl",
+    b"/save " + b"a" * 5000,
+    b"/\x1b[2J",
+    b"/a\rb",
+    b"/" + b"a" * 5000,
+    b"/save\0x",
+])
+def test_a_command_is_quoted_without_its_control_characters(converse, tmp_path, monkeypatch, line):
+    """No name of a file with control characters is created, and no escape code reaches stderr."""
+    monkeypatch.chdir(tmp_path)
+    out, err = converse(b"Hi?\n" + line + b"\nHi?\n", reciter(plan_for("Hi?", "moo")))
+    assert out.startswith("moo\n")
+    [message] = err.splitlines()
+    assert message.isprintable()
+    assert len(message) < 310
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
 
 
 def test_queries_are_shown_and_the_database_is_found(converse, shop, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import sys
 from types import SimpleNamespace
 
@@ -106,6 +107,19 @@ def test_help_texts_are_inherited_continued_and_replaced():
     assert parse(Inherited, "", []).out == "elsewhere"
 
 
+@pytest.mark.parametrize("value", [2**53 + 1, -(2**53) - 1, 10**30])
+def test_an_integer_beyond_what_torch_takes_is_refused(value):
+    with pytest.raises(UserError, match=f"--seed {value}: must be between"):
+        parse(RunConfig, "", ["--seed", str(value)])
+    assert parse(RunConfig, "", ["--seed", "-3"]).seed == -3
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300"])
+def test_a_number_that_is_not_finite_is_refused(value):
+    with pytest.raises(UserError, match="--lr .*: must be between"):
+        parse(Inherited, "", [f"--lr={value}"])
+
+
 # Checks
 
 
@@ -162,6 +176,53 @@ def test_fail_prints_one_line_and_exits(monkeypatch, capsys):
     assert capsys.readouterr().err == "script.py: no such thing\n"
 
 
+@pytest.fixture
+def console(monkeypatch):
+    """Make sys.stdout a console of an encoding: console("ascii") -> function that reads it."""
+    def open_console(encoding):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, newline="\n"))
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+
+        def read():
+            sys.stdout.flush()
+            return raw.getvalue().decode(encoding)
+
+        return read
+
+    return open_console
+
+
+# encoding -> how it prints ODD: half a surrogate pair has no encoding at all
+ODD = "µ – 猫 👍 \ud800."
+PRINTED = {
+    "ascii": "? ? ? ? ?.",
+    "latin-1": "µ ? ? ? ?.",
+    "cp1252": "µ – ? ? ?.",
+    "gb18030": "µ – 猫 👍 ?.",
+    "utf-8": "µ – 猫 👍 ?.",
+}
+
+
+@pytest.mark.parametrize("encoding, printed", PRINTED.items(), ids=PRINTED)
+def test_what_a_console_cannot_show_is_replaced(console, encoding, printed):
+    read = console(encoding)
+    start(lambda cfg: print(cfg.out, ODD), BaseConfig, "")
+    assert read() == f"out {printed}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_console_shows_the_help(monkeypatch, console, script, encoding):
+    module = importlib.import_module(script)
+    read = console(encoding)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        start(module.main, module.Config, module.__doc__)
+    assert e.value.code == 0
+    assert "--" in read()
+
+
 def test_a_script_for_one_process_refuses_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["script.py"])
@@ -175,6 +236,8 @@ TROUBLE = {  # what main raises -> exit code, parts of the line
     "full disk": (OSError(28, "No space left on device", "x.pt"), 2, ["x.pt", "No space left"]),
     "no errno": (PermissionError("no name, no number"), 2, ["no name"]),
     "Ctrl-C": (KeyboardInterrupt(), 130, ["stopped"]),
+    "no memory": (MemoryError(), 2, ["out of memory"]),
+    "no GPU memory": (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, ["out of memory"]),
 }
 
 
@@ -190,6 +253,26 @@ def test_an_error_of_the_machine_is_one_line_too(monkeypatch, capsys, error, cod
     assert e.value.code == code, line
     assert line.count("\n") == 1, line
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("shape", [(2**50,), (2**62, 4), (2**40, 2**40)])
+def test_a_size_that_cannot_be_allocated_is_one_line(monkeypatch, capsys, shape):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as e:
+        start(lambda cfg: torch.zeros(shape), Switches, "")
+    assert e.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("script.py: out of memory; make the model or the batches smaller")
+    assert line.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def main(cfg):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(RuntimeError, match="shapes"):
+        start(main, Switches, "")
 
 
 def test_ctrl_c_mentions_resume_where_a_script_has_it(monkeypatch, capsys):

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from data import corpus
+from scaffold.cli import UserError
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,29 @@ def test_an_incomplete_folder_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "SIZES", {"sft_train": 20})
     corpus.ensure(tmp_path, 3)
     assert len(records(tmp_path, "sft_train")) == 20
+
+
+def test_ensure_keeps_a_complete_folder(tmp_path):
+    corpus.write(tmp_path, 3, 0.05)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert corpus.ensure(str(tmp_path), 3) == tmp_path
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize("name", ["village.json", *(f"{name}.jsonl" for name in corpus.SIZES)])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\0", None])
+def test_damaged_data_is_named_with_what_to_delete(tmp_path, monkeypatch, name, content):
+    """None cuts the file in its last line. Deleting the named file mends it."""
+    monkeypatch.setattr(corpus, "SIZES", dict.fromkeys(corpus.SIZES, 5))
+    corpus.write(tmp_path, 3, 0.01)
+    path = tmp_path / name
+    good = path.read_bytes()
+    path.write_bytes(good[:-5] if content is None else content)
+    sign = tmp_path / "village.json"
+    with pytest.raises(UserError, match=f"{path}.*generated: delete {sign}") as e:
+        corpus.ensure(tmp_path, 3)
+    assert "\n" not in str(e.value)
+    sign.unlink()
+    corpus.ensure(tmp_path, 3)
+    assert path.read_bytes() != content
+    corpus.ensure(tmp_path, 3)

@@ -1,5 +1,7 @@
 """Tests of scaffold/distributed.py without processes. Those are in test_processes.py."""
 
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +12,18 @@ def as_rank(monkeypatch, rank, world_size):
     """Make this process believe that it is one of several."""
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+
+
+def test_other_ranks_print_nothing_whatever_it_is(monkeypatch, capfd):
+    """What they would print need not fit the encoding of the console."""
+    as_rank(monkeypatch, 1, 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    distributed.init_distributed("cpu")
+    assert sys.stdout.encoding == "utf-8"
+    print("猫 \ud800", flush=True)
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -7,18 +7,20 @@ double precision, so that a tolerance of 1e-10 tells a wrong formula from roundi
 import base64
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import gpt
-from data.text import Source, checkpoint_text, pack, pad, read_corpus
-from data.tokenizer import fingerprint
+from data.text import Source, checkpoint_text, pack, pad, read_corpus, text_files
+from data.tokenizer import fingerprint, get_tokenizer
 from scaffold.cli import UserError, field_help, start
-from scaffold.run import load_checkpoint, save_checkpoint
+from scaffold.run import load_checkpoint, save_checkpoint, unlock
 from tiny import (
     END,
     ENC,
@@ -72,6 +74,15 @@ def test_greedy_generation_equals_a_loop_without_cache(lengths, bias):
     prompts = random_ids(lengths)
     want = [greedy_by_hand(model, p, 30) for p in prompts]
     assert gpt.generate(model, prompts, 30, temperature=0) == want
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-45, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Logits divided by it would be infinite, and their softmax NaN."""
+    model = random_gpt(dtype=torch.float32)
+    prompts = random_ids([3, 9])
+    greedy = gpt.generate(model, prompts, 12, temperature=0)
+    assert gpt.generate(model, prompts, 12, temperature=temperature) == greedy
 
 
 def test_rows_that_stop_leave_the_others_alone():
@@ -600,14 +611,83 @@ OTHER_TOKENIZERS = {
 
 
 @pytest.mark.parametrize("changes", OTHER_TOKENIZERS.values(), ids=OTHER_TOKENIZERS)
-def test_a_checkpoint_refuses_another_tokenizer(tmp_path, changes):
+def test_an_old_checkpoint_refuses_another_tokenizer(tmp_path, changes):
+    """Old ones only name their tokenizer."""
     name = write_tokenizer(tmp_path / "t.json")
-    saved(tmp_path / "m.pt", tokenizer=name)
+    saved(tmp_path / "m.pt", tokenizer=name, tokenizer_json=None)
     gpt.load_model(tmp_path / "m.pt")
     write_tokenizer(tmp_path / "t.json", **changes)
     changed = r"m\.pt: .*t\.json( has changed|: not a tokenizer file)"
     with pytest.raises(UserError, match=changed):
         gpt.load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("changes", OTHER_TOKENIZERS.values(), ids=OTHER_TOKENIZERS)
+def test_a_checkpoint_carries_its_tokenizer(tmp_path, monkeypatch, changes):
+    """Whatever happens to the file that it names, and to the checkpoint itself."""
+    name = write_tokenizer(tmp_path / "t.json", **(changes | {"special": RAW["special"]}))
+    enc = get_tokenizer(name)
+    model = random_gpt(vocab=ENC.n_vocab, block=32, dtype=torch.float32)
+    gpt.save_model(tmp_path / "m.pt", model, enc, name)
+    write_tokenizer(tmp_path / "t.json")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "m.pt").rename(elsewhere / "renamed.pt")
+    monkeypatch.chdir(elsewhere)
+    for _ in ("the file is another one", "the file is gone"):
+        _, back, state = gpt.load_model("renamed.pt")
+        assert fingerprint(back) == fingerprint(enc) == state["fingerprint"]
+        assert back.name == enc.name
+        assert back.encode_ordinary("AB, zqzq 17.") == enc.encode_ordinary("AB, zqzq 17.")
+        (tmp_path / "t.json").unlink(missing_ok=True)
+    assert len(state["tokenizer_json"]) < 50_000
+    gpt.save_model("again.pt", model, back, state["tokenizer"])  # as the next stage does
+    assert fingerprint(gpt.load_model("again.pt")[1]) == fingerprint(enc)
+
+
+def test_a_name_of_tiktoken_is_not_carried(tmp_path, theirs):
+    enc = get_tokenizer("theirs")
+    model = random_gpt(vocab=enc.n_vocab, block=32, dtype=torch.float32)
+    gpt.save_model(tmp_path / "m.pt", model, enc, "theirs")
+    _, back, state = gpt.load_model(tmp_path / "m.pt")
+    assert state["tokenizer_json"] is None
+    assert fingerprint(back) == fingerprint(enc)
+
+
+DAMAGED_TOKENIZERS = {
+    "a number": 5,
+    "empty": "",
+    "half": json.dumps(RAW)[:5000],
+    "a list": "[]",
+    "nested": "[" * 100_000,
+    "too few tokens": json.dumps(RAW | {"ranks": RAW["ranks"][:20]}),
+    "another one": json.dumps(RAW | {"pattern": r"\p{L}+|\P{L}"}),
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED_TOKENIZERS.values(), ids=DAMAGED_TOKENIZERS)
+def test_a_damaged_tokenizer_in_a_checkpoint_is_refused(tmp_path, text):
+    saved(tmp_path / "m.pt", tokenizer_json=text)
+    with pytest.raises(UserError, match=r"m\.pt: its tokenizer is (damaged|not the one)") as e:
+        gpt.load_model(tmp_path / "m.pt")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["t.json", "deep/t.json", "/gone/deep/t.json", r"C:\gone\t.json"])
+def test_an_old_checkpoint_finds_its_tokenizer_beside_it(tmp_path, monkeypatch, name):
+    """Even if another one of the same name stands in the current folder."""
+    run = tmp_path / "run"
+    here = tmp_path / "here"
+    here.mkdir()
+    run.mkdir()
+    monkeypatch.chdir(here)
+    saved(run / "m.pt", tokenizer=name, tokenizer_json=None)
+    with pytest.raises(UserError, match="m.pt: its tokenizer is missing, put it beside"):
+        gpt.load_model(run / "m.pt")
+    write_tokenizer(run / "t.json")
+    write_tokenizer(here / "t.json", pattern=r"\p{L}+|\P{L}")
+    assert fingerprint(gpt.load_model(run / "m.pt")[1]) == fingerprint(ENC)
+    assert fingerprint(gpt.load_model("../run/m.pt")[1]) == fingerprint(ENC)
 
 
 SIZES = dict(vocab_size=ENC.n_vocab, block_size=32, n_layer=2, n_head=4, n_embd=32)
@@ -687,6 +767,75 @@ def test_later_stages_find_the_text_of_pretraining(tmp_path, capsys):
     assert plain(other) == plain(read_corpus(folder / "a.txt", ENC, 32, 0.05))
 
 
+@pytest.mark.parametrize("remembered", ["", "out/run/data/texts", "/gone/data/texts",
+                                        r"C:\gone\data\texts"])
+def test_the_text_of_pretraining_is_found_beside_a_moved_checkpoint(
+    tmp_path, monkeypatch, capsys, remembered
+):
+    """From any folder. New checkpoints remember the whole path, older ones what was typed."""
+    run = tmp_path / "out" / "run"
+    for name in "ab":
+        write_documents(run / "data" / "texts" / f"{name}.txt", random_documents([3] * 30))
+    monkeypatch.chdir(tmp_path)
+    pretrain(tmp_path, "out/run", data="out/run/data/texts", steps=1)
+    state = load_checkpoint(run / "gpt.pt")
+    assert state["data"] == str(run / "data" / "texts")
+    if remembered:
+        save_checkpoint(run / "gpt.pt", **state | dict(data=remembered))
+    moved = tmp_path / "elsewhere" / "renamed"
+    moved.parent.mkdir()
+    run.rename(moved)
+    monkeypatch.chdir(moved.parent)
+    for path in (moved / "gpt.pt", "renamed/gpt.pt"):
+        assert list(checkpoint_text(path, ENC, 32)) == ["a", "b"]
+        assert Path(text_files(path)[1]).resolve() == moved / "data" / "texts"
+    (moved / "data" / "texts").rename(moved / "other")
+    with pytest.raises(UserError, match="gpt.pt: its pretraining text is gone.*--text.*--ptx 0"):
+        checkpoint_text(moved / "gpt.pt", ENC, 32)
+    (moved / "gpt.pt").unlink()
+    with pytest.raises(UserError, match="gpt.pt is missing.*--text.*--ptx 0"):
+        checkpoint_text(moved / "gpt.pt", ENC, 32)
+
+
+def test_a_device_is_never_read_as_the_text_of_pretraining(tmp_path, capsys):
+    pretrain(tmp_path, "run", steps=1)
+    path = tmp_path / "run" / "gpt.pt"
+    os.mkfifo(tmp_path / "run" / "pipe")
+    for name in ("/dev/zero", "/gone/pipe", "", "\0", "x" * 5000):
+        save_checkpoint(path, **load_checkpoint(path) | dict(data=name))
+        with pytest.raises(UserError, match="gpt.pt: its pretraining text is gone"):
+            checkpoint_text(path, ENC, 32)
+
+
+def test_a_run_is_resumed_with_the_same_files_at_other_places(tmp_path, monkeypatch, capsys):
+    """Its folder, its text and its tokenizer may have other paths and names; nothing changes."""
+    files = tmp_path / "files"
+    files.mkdir()
+    settings = dict(tokenizer=write_tokenizer(files / "t.json"), save_every=2)
+    whole = pretrain(tmp_path, "whole", **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "val_loss", kill)
+        with pytest.raises(Killed):
+            pretrain(tmp_path, "run", **settings)
+    unlock(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "text.txt").rename(files / "renamed.txt")
+    (files / "t.json").rename(tmp_path / "renamed.json")
+    monkeypatch.chdir(files)
+    settings |= dict(data="renamed.txt", tokenizer="../renamed.json", resume=True)
+    rows, state = pretrain(tmp_path, "moved", **settings)
+    assert "resuming gpt at step 2" in capsys.readouterr().out
+    assert rows == whole[0]
+    assert all(torch.equal(v, whole[1]["model"][k]) for k, v in state["model"].items())
+
+
 def test_pretraining_learns_and_saves_what_it_measured(tmp_path, capsys):
     rows, _ = pretrain(tmp_path, "a", steps=60, lr=1e-2, dropout=0.0)
     assert rows[0]["loss"] == pytest.approx(math.log(ENC.n_vocab), abs=0.5)
@@ -696,6 +845,13 @@ def test_pretraining_learns_and_saves_what_it_measured(tmp_path, capsys):
     loss, bits = gpt.val_loss(model, sources, enc, CPU)
     assert loss == pytest.approx(rows[-1]["val_loss"])
     assert bits == pytest.approx(rows[-1]["bits_per_byte"])
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 8])
+def test_a_short_context_is_enough_to_finish(tmp_path, capsys, block_size):
+    """The sample at the end starts with 8 tokens, or fewer if they fill the context."""
+    pretrain(tmp_path, "a", block_size=block_size, steps=2)
+    assert "--- a sample" in capsys.readouterr().out
 
 
 def test_pretraining_starts_from_pretrained_weights(tmp_path, capsys):
@@ -752,6 +908,7 @@ BAD_FLAGS = {  # arguments -> what the line must contain
     "--steps 0": ["--steps 0"],
     "--eval-every 0": ["--eval-every 0"],
     "--batch-tokens 0": ["--batch-tokens 0"],
+    "--block-size 1": ["--block-size 1", "at least 2"],
     "--val-fraction 0": ["--val-fraction 0"],
     "--out text.txt": ["text.txt"],
 }

@@ -111,3 +111,18 @@ def test_rankings_of_samples_and_of_beams_are_two_files(tmp_path, capsys):
 def test_unknown_candidates_are_a_user_error(tmp_path):
     with pytest.raises(UserError, match="--candidates best: choose sample or beam"):
         labelers.main(labelers.Config(out=str(tmp_path), candidates="best"))
+
+
+@pytest.mark.parametrize("name", ["ranked_train.jsonl", "ranked_val.jsonl"])
+def test_a_cut_ranking_is_named_with_what_to_delete(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(corpus, "ensure", lambda folder, seed: folder)
+    (tmp_path / "sft.pt").touch()
+    (tmp_path / "data").mkdir()
+    for file in ("ranked_train.jsonl", "ranked_val.jsonl"):
+        (tmp_path / "data" / file).write_text('{"prompt": "a"}\n')
+    assert [path.rpartition("/")[2] for path in labelers.ensure(tmp_path)] == [
+        "ranked_train.jsonl", "ranked_val.jsonl"]
+    path = tmp_path / "data" / name
+    path.write_text('{"prompt": "a"}\n{"promp')
+    with pytest.raises(UserError, match=f"{name}:2.*generated: delete {path}"):
+        labelers.ensure(tmp_path)

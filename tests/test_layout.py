@@ -36,6 +36,7 @@ RANKS = {
 EXCEPTIONS = {
     ("data.beam", "gpt"): "beam search needs its KV cache",
     ("data.beam", "sft"): "it renders the chats",
+    ("data.huggingface", "gpt"): "it reads the checkpoint to export",
     ("data.labelers", "gpt"): "simulated labelers rank samples of the SFT model",
     ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",
@@ -44,7 +45,7 @@ EXCEPTIONS = {
     ("self_reward", "lab.judge_quality"): "measures of its table",
 }
 REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
-OPTIONAL = {"safetensors", "matplotlib"}  # imported only where a user asks for them
+OPTIONAL = {"safetensors", "tokenizers", "matplotlib"}  # imported only where a user asks for them
 
 
 class Import(NamedTuple):
@@ -201,6 +202,17 @@ def test_one_import_a_line(name):
     tree = tree_of(ROOT / name)
     several = [n for n in ast.walk(tree) if isinstance(n, ast.Import) and len(n.names) > 1]
     assert [node.lineno for node in several] == []
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith("results")])
+def test_every_script_is_started_by_cli(name):
+    """There is one place for flags, user errors and consoles that are not UTF-8."""
+    path = MODULES[name]
+    text = path.read_text(encoding="utf-8")
+    last = text.split('if __name__ == "__main__":\n')[-1]
+    started = "\n    start(main, Config, __doc__" in "\n" + last
+    assert started == ('__name__ == "__main__"' in text) or name == "scaffold.cli"
+    assert "argparse" not in text or name == "scaffold.cli"
 
 
 def called(node):

@@ -9,6 +9,8 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
+import random
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,13 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 
 import gpt
+from data import huggingface
+from data.tokenizer import token_bytes
 from dpo import dpo_loss
 from gae import gae, whiten
 from ppo import kl_rewards, policy_loss, value_loss
 from reward import ranking_loss
+from sft import decode_response, render_prompt
+from tiny import ENC, END, tiny_gpt
 
 # --no-deps: the dependencies are large, and the functions used here need none of them.
 INSTALL = {
@@ -458,3 +465,99 @@ def test_we_read_transformers_gpt2(tmp_path, sizes, file):
             (tmp_path / "model.safetensors").unlink()
             torch.save(model.state_dict(), tmp_path / file)
         same_logits(gpt.GPT.from_pretrained(tmp_path), model, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_we_read_transformers_gpt2_of_half_precision_and_padded(tmp_path, dtype):
+    GPT2 = transformers().GPT2LMHeadModel
+    torch.manual_seed(0)
+    config = transformers().GPT2Config(vocab_size=50304, n_positions=16, n_layer=1, n_head=2,
+                                       n_embd=8)
+    theirs = randomise(GPT2(config)).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    sizes = dict(vocab_size=50304, block_size=16)
+    same_logits(gpt.GPT.from_pretrained(tmp_path), theirs, sizes)
+
+
+# An exported folder
+
+HELLO = [{"role": "system", "content": "Be kind."},
+         {"role": "user", "content": "  What does the 牛 say?\n\n"},
+         {"role": "assistant", "content": "moo"},
+         {"role": "user", "content": "Again 12345!  "}]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """An exported model as transformers' Auto classes open it -> (ours, theirs, tokenizer)."""
+    folder = tmp_path_factory.mktemp("export") / "hub"
+    auto = transformers()
+    model = tiny_gpt(0)
+    huggingface.export(model, ENC, folder)
+    theirs = auto.AutoModelForCausalLM.from_pretrained(folder)
+    return model, theirs, auto.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("n_turns", [1, 2, 4])
+def test_transformers_generates_our_greedy_text(opened, n_turns):
+    model, theirs, tokenizer = opened
+    chat = HELLO[:2] if n_turns < 4 else HELLO
+    ids = render_prompt(chat[-n_turns:], ENC)
+    prompt = tokenizer.apply_chat_template(chat[-n_turns:], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)
+    assert prompt["input_ids"].tolist() == [ids]
+    new = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0, len(ids):]
+    ours, = gpt.generate(model, [ids], 20, temperature=0, stop=END)
+    assert new.tolist() == ours
+    assert tokenizer.decode(new, skip_special_tokens=True) == decode_response(ours, ENC)
+
+
+def test_transformers_generates_our_greedy_text_in_batches(opened):
+    model, theirs, tokenizer = opened
+    texts = ["a", "The cow says", "12 cats and 牛", "Hello, my name is"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    new = theirs.generate(**batch, max_new_tokens=20, do_sample=False)
+    ours = gpt.generate(model, [ENC.encode_ordinary(t) for t in texts], 20, temperature=0, stop=END)
+    start = batch["input_ids"].shape[1]
+    for row, ids in zip(new[:, start:].tolist(), ours):
+        assert row[:len(ids)] == ids
+        assert set(row[len(ids):]) <= {tokenizer.pad_token_id}
+
+
+def test_transformers_tokenizer_is_ours(opened):
+    tokenizer = opened[2]
+    rng = random.Random(0)
+    ranges = [(1, 0x80), (1, 0x500), (0x3000, 0xA000), (1, 0xD800), (0x1F300, 0x1F700)]
+    for _ in range(2000):
+        text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randint(1, 30)))
+        ids = tokenizer(text)["input_ids"]
+        assert ids == ENC.encode_ordinary(text), text
+        assert tokenizer.decode(ids) == text
+    special = {name: ENC.encode_single_token(name) for name in huggingface.SPECIAL}
+    assert {name: tokenizer.convert_tokens_to_ids(name) for name in special} == special
+
+
+def test_the_chat_template_is_render(opened):
+    tokenizer = opened[2]
+    for chat in (HELLO[1:2], HELLO[:2], HELLO):
+        ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+        assert ids + [ENC.encode_single_token("<|assistant|>")] == render_prompt(chat, ENC)
+    with pytest.raises(Exception, match="the roles are"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("pattern", [
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
+    r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+], ids=["GPT-2", "GPT-4"])
+def test_the_patterns_of_openai_mean_the_same_to_tokenizers(pattern):
+    tokenizers = pytest.importorskip("tokenizers")
+    ranks = {token: i for i, token in enumerate(token_bytes(ENC)) if token}
+    enc = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(huggingface.tokenizer_json(enc)))
+    rng = random.Random(0)
+    parts = ["a", "the", " ", "1", "23", "A's", "'S", "\n", "\r\n", "  ", "é", "牛", "!?", "\t"]
+    for _ in range(1000):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 25)))
+        assert theirs.encode(text).ids == enc.encode_ordinary(text), text

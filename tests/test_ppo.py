@@ -1071,12 +1071,12 @@ def test_published_runs_warn_only_where_the_reward_was_hacked():
     """Of the logs in results/, only the run without a KL penalty gives warnings."""
     found = {}
     for path in sorted((ROOT / "results").glob("ppo-*seed*.jsonl")):
-        log = read_jsonl(path)
+        _, *log = read_jsonl(path)   # the first line says how the file was made
         first_entropy = log[0]["objective/entropy"] / log[0]["objective/length"]
         found[path.stem] = set()
         for row in log:
             found[path.stem] |= set(health.warnings(row, first_entropy, ppo.Config()))
-    assert found.pop("ppo-beta-0-seed0") >= {"kl", "entropy"}
+    assert found.pop("ppo-beta-0-seed100") >= {"kl", "entropy"}
     assert len(found) >= 6
     assert not any(found.values()), found
 

@@ -17,7 +17,7 @@ from data.rankings import (
 from data.text import pad
 from data.tokenizer import fingerprint, get_tokenizer
 from scaffold.cli import UserError
-from scaffold.run import load_checkpoint
+from scaffold.run import load_checkpoint, save_checkpoint
 from tiny import (
     END,
     ENC,
@@ -384,13 +384,25 @@ def test_normalised_scores_of_sft_samples_have_mean_0_and_std_1(model):
     torch.testing.assert_close(scores(), after, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_too_few_samples_to_normalise_on_are_an_error_not_nan(model, n):
-    """The std of no sample is NaN and that of one is 0: every later score would be wrong."""
-    records = [dict(prompt=[user(p)]) for p in PROMPTS]
-    cfg = reward.Config(normalise_on=n, max_new_tokens=8)
-    with pytest.raises(UserError, match="--normalise-on"):
-        reward.normalise(model, tiny_gpt(1), ENC, records, cfg)
+@pytest.mark.parametrize("n", [1, 2, 15])
+def test_a_few_prompts_give_several_samples_each(model, n, capsys):
+    """The std of one sample is 0: every later score would be wrong."""
+    records = [dict(prompt=[user(p)]) for p in (PROMPTS * 2)[:n]]
+    reward.normalise(model, tiny_gpt(1), ENC, records, reward.Config(max_new_tokens=8))
+    assert f"warning: only {n} prompts" in capsys.readouterr().out
+    assert 0.1 <= model.std.item() < 5
+
+
+def test_the_scale_of_a_model_that_has_learned_nothing_is_bounded(model, capsys):
+    """A std of 0.004 would turn a difference of nothing into scores of 36."""
+    with torch.no_grad():
+        model.head.weight.mul_(1e-3)
+        model.weight.weight.zero_()
+    records = [dict(prompt=[user(p)]) for p in PROMPTS * 4]
+    reward.normalise(model, tiny_gpt(1), ENC, records, reward.Config(max_new_tokens=8))
+    assert model.std.item() == pytest.approx(0.1)
+    assert "warning: samples of the fine-tuned model score nearly the same" in (
+        capsys.readouterr().out)
 
 
 def test_a_saved_and_loaded_model_gives_the_same_scores(model, tmp_path):
@@ -644,6 +656,33 @@ def test_training_orders_the_responses_of_users_it_never_saw(train, loss):
         assert good > bad
     assert model.std != 1
     assert model.mean != 0
+
+
+@pytest.mark.parametrize("name", ["print_row", "print_widest"])
+def test_a_report_that_cannot_be_printed_leaves_a_finished_run(train, monkeypatch, tmp_path, name):
+    def fail(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(reward, name, fail)
+    with pytest.raises(BrokenPipeError):
+        train(epochs=1)
+    [out] = tmp_path.glob("run*")
+    assert len([row for row in read_jsonl(out / "reward.jsonl") if "split" in row]) == 2
+    assert (out / "reward.pt").exists()
+    assert not list(out.glob("*.state*"))
+
+
+def test_a_reward_model_carries_its_tokenizer(train, tmp_path, checkpoints):
+    """Even one that was made from an older checkpoint, which only names it."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    name = write_tokenizer(folder / "t.json")
+    state = load_checkpoint(checkpoints / "sft.pt") | dict(tokenizer=name, tokenizer_json=None)
+    save_checkpoint(folder / "sft.pt", **state)
+    _, out = train(init=str(folder / "sft.pt"), epochs=1)
+    shutil.rmtree(folder)
+    moved = (out / "reward.pt").rename(tmp_path / "renamed.pt")
+    assert fingerprint(reward.load_reward(moved)[1]) == fingerprint(ENC)
 
 
 def test_without_users_the_report_is_on_held_out_prompts(train, tmp_path):

@@ -9,9 +9,11 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +23,14 @@ import torch
 import torch.nn as nn
 
 import gpt
+from data.formats import write_records
 from scaffold.cli import UserError, start
 from scaffold.run import (
     Diverged,
     Run,
     digest,
     ensure_stage,
+    json_line,
     load_checkpoint,
     log_metrics,
     save_checkpoint,
@@ -109,6 +113,70 @@ def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
+def test_nan_is_never_saved(tmp_path):
+    """The last step of a run may make the weights NaN; no later step would notice."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model={"w": torch.ones(3)})
+    before = path.read_bytes()
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(Diverged, match="c.pt: not saved.*--lr"):
+            save_checkpoint(path, model={"a": [torch.ones(2), (torch.tensor([1, bad]),)]})
+    assert contents(tmp_path) == {"c.pt": before}
+
+
+def shared_lists():
+    """Return lists that hold each other twice: 2^60 elements if one does not look out."""
+    part = [torch.ones(3)]
+    for _ in range(60):
+        part = [part, part]
+    return part
+
+
+def repack(path, compression):
+    """Write a checkpoint's archive again with another compression."""
+    with zipfile.ZipFile(path) as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+
+
+EXPANDED = {
+    "a repeated number": torch.zeros(1).expand(2**30),
+    "repeated rows": torch.zeros(1, 2**14).expand(2**16, -1),
+    "views of one storage": [torch.zeros(2**14)[:].view(2**7, -1) for _ in range(1)] * 9,
+    "no storage": torch.zeros(2**30, device="meta"),
+}
+
+
+@pytest.mark.parametrize("tensors", EXPANDED.values(), ids=EXPANDED)
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_small_file_cannot_hold_large_tensors(tmp_path, tensors, new_format):
+    """A weight that repeats one number is 4 GB as soon as a model copies it."""
+    path = tmp_path / "c.pt"
+    torch.save({"model": tensors}, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match="c.pt: not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_tied_and_nested_tensors_are_read(tmp_path):
+    path = tmp_path / "c.pt"
+    weight = torch.randn(9, 9)
+    torch.save({"model": [weight, weight], "nested": shared_lists()}, path)
+    assert torch.equal(load_checkpoint(path)["model"][1], weight)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """A thousandth of its size on disk."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, weight=torch.zeros(10**6))
+    repack(path, zipfile.ZIP_STORED)
+    load_checkpoint(path)
+    repack(path, zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+
+
 def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     log_metrics(path, step=0)
@@ -116,6 +184,40 @@ def test_log_metrics_appends_rows_or_starts_anew(tmp_path):
     assert read_jsonl(path) == [{"step": 0}, {"step": 1, "loss": 2.5}]
     log_metrics(path, fresh=True, step=9)
     assert read_jsonl(path) == [{"step": 9}]
+
+
+def strict(text):
+    """Read JSON as JavaScript, jq and Rust do: NaN and Infinity are errors."""
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+NUMBERS = {
+    "a number": (0.5, 0.5),
+    "NaN": (math.nan, None),
+    "infinity": (math.inf, None),
+    "in a list": ([1.0, [-math.inf], (math.nan, 2)], [1.0, [None], [None, 2]]),
+    "in a dict": ({"a": {"b": math.nan, "c": [math.nan]}}, {"a": {"b": None, "c": [None]}}),
+    "of numpy": (np.float64("nan"), None),
+    "half a surrogate pair": ("猫 \ud800", "猫 \ud800"),
+    "others": ([True, None, 7, "NaN", "猫"], [True, None, 7, "NaN", "猫"]),
+}
+
+
+@pytest.mark.parametrize("value, want", NUMBERS.values(), ids=NUMBERS)
+def test_logs_and_records_are_strict_json(tmp_path, value, want):
+    log_metrics(tmp_path / "log.jsonl", step=0, value=value)
+    write_records(tmp_path / "records.jsonl", [{"step": 0, "value": value}] * 2)
+    for name in ("log", "records"):
+        lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [strict(line) for line in lines] == [{"step": 0, "value": want}] * len(lines)
+
+
+def test_only_numbers_that_are_none_change_a_line():
+    row = {"é": [0.1 + 0.2, 1e-30, -0.0, 10**20], "b": "\ud800 猫"}
+    assert json_line(row) == json.dumps(row) + "\n"
 
 
 def test_the_seed_decides_the_numbers_of_all_generators():
@@ -253,6 +355,66 @@ def test_a_damaged_state_is_replaced_by_the_one_before(whole, tmp_path, capsys, 
         assert "small.state" in shown.err
 
 
+def change_state(path, **changes):
+    """Exchange entries of a state file (None removes one); parts of parts are merged."""
+    state = load_checkpoint(path)
+    for key, value in changes.items():
+        state[key] = state[key] | value if isinstance(value, dict) and value else value
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+
+
+OTHER_STATES = {
+    "no parts": dict(parts=None),
+    "empty parts": dict(parts={}),
+    "a list of parts": dict(parts=[]),
+    "other weights": dict(parts={"model": {"w": torch.zeros(3)}}),
+    "a number for the weights": dict(parts={"model": 5}),
+    "a weight of another size": dict(parts={"model": {"0.weight": torch.zeros(2, 2)}}),
+    "no optimizer": dict(parts={"optimizer": {}}),
+    "another generator": dict(parts={"rng": (1, 2, 3)}),
+    "no counts": dict(parts={"counts": None}),
+    "no random states": dict(random={"torch": None}),
+    "empty random states": dict(random={}),
+    "a random state of floats": dict(random={"torch": torch.zeros(9)}),
+    "settings in a list": dict(settings=[]),
+    "a step after the last": dict(step=21),
+    "a step before the first": dict(step=-1),
+    "a step in words": dict(step="twelve"),
+    "a step of 1e9 digits": dict(step=1e300),
+    "a negative log": dict(log_bytes=-1),
+    "no time": dict(seconds=None),
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_STATES.values(), ids=OTHER_STATES)
+def test_a_state_of_another_shape_is_replaced_by_the_one_before(whole, tmp_path, capsys, changes):
+    killed(tmp_path, 14)
+    change_state(tmp_path / "small.state", **changes)
+    assert same(small(tmp_path, resume=True), whole)
+    shown = capsys.readouterr()
+    assert "at step 8 of 20" in shown.out
+    [line] = [x for x in shown.err.splitlines() if "warning" in x]
+    assert "small.state: not" in line
+
+
+@pytest.mark.parametrize("changes", OTHER_STATES.values(), ids=OTHER_STATES)
+def test_two_states_of_another_shape_are_an_error(tmp_path, changes):
+    killed(tmp_path, 14)
+    for name in ("small.state", "small.state.old"):
+        change_state(tmp_path / name, **changes)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="neither this state nor the one before"):
+        small(tmp_path, resume=True)
+    assert before == contents(tmp_path)
+
+
+@pytest.mark.parametrize("content", [5, [], {"settings": []}, None, "state", torch.zeros(2)])
+def test_what_is_no_state_is_replaced_by_the_one_before(whole, tmp_path, content):
+    killed(tmp_path, 14)
+    torch.save(content, tmp_path / "small.state")
+    assert same(small(tmp_path, resume=True), whole)
+
+
 def test_two_damaged_states_are_an_error_and_are_kept(tmp_path):
     killed(tmp_path, 14)
     for name in ("small.state", "small.state.old"):
@@ -355,6 +517,50 @@ def test_a_run_cannot_be_resumed_with_other_files(tmp_path, edit):
     unlock(tmp_path / "out")
     write_data()
     train(resume=True)
+
+
+PLACES = {
+    "relative": lambda p: os.path.relpath(p),
+    "with a detour": lambda p: f"{p.parent}/../{p.parent.name}/./{p.name}",
+    "a copy of another name": lambda p: shutil.copytree(p, p.with_name("copy")),
+    "a link": lambda p: p.with_name("link").symlink_to(p) or p.with_name("link"),
+    "moved": lambda p: p.rename(p.with_name("moved")),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_run_can_be_resumed_with_the_same_files_at_another_place(tmp_path, place, kind):
+    """A flag may name them by any path, and their names may differ, but not those in a folder."""
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "a.txt").write_text("a")
+    (data / "deep" / "b.txt").write_text("b")
+
+    def train(folder, resume, **flags):
+        path = str(folder) + "/a.txt" * (kind == "file")
+        cfg = SimpleNamespace(out=str(tmp_path / "out"), save_every=1, resume=resume,
+                              **dict(data=path, val="") | flags)
+        run = Run(cfg, "small", [cfg.data, cfg.val], seen=[])
+        for step in run.steps(5):
+            if step == 3 and not resume:
+                break
+        unlock(tmp_path / "out")
+        return run
+
+    train(data, resume=False)
+    with pytest.raises(UserError, match="started with --val , not a file"):
+        train(data, resume=True, val=str(data / "deep" / "b.txt"))
+    unlock(tmp_path / "out")
+    assert train(place(data), resume=True).resumed
+
+
+def test_a_file_that_moves_inside_a_folder_changes_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    before = digest([tmp_path])
+    (tmp_path / "a.txt").rename(tmp_path / "deep" / "a.txt")
+    assert digest([tmp_path]) != before
 
 
 def test_the_digest_leaves_out_empty_paths(tmp_path):

@@ -22,6 +22,7 @@ import sft
 from data import tasks
 from data.checkpoint import extend_context
 from data.formats import load_chats, load_seed_tasks
+from data.words import words
 from lab import instruction_quality
 from scaffold import cli
 from scaffold.cli import BaseConfig, UserError
@@ -117,19 +118,63 @@ ROUGE_PAIRS = {
     "capitals": ("Name two animals.", "name TWO animals", 1.0),
     "an apostrophe separates": ("don't stop", "don t stop", 1.0),
     "an underscore separates": ("snake_case", "snake case", 1.0),
-    "an accent separates": ("naïve", "na ve", 1.0),
     "digits are letters": ("x1 2y", "x1 2y z", 0.8),
     "both empty": ("", "", 0.0),
     "one empty": ("", "cat", 0.0),
     "punctuation alone": ("... !?", "cat", 0.0),
-    "Chinese alone": ("猫和狗", "猫和狗", 0.0),
-    "Chinese is skipped": ("猫 is cat", "狗 is cat", 1.0),
+    "Chinese in English is skipped": ("猫 is cat", "狗 is cat", 1.0),
+    "English quotes and dashes": ("“Don’t” — stop…", "don t stop", 1.0),
+}
+OTHER_LANGUAGES = {
+    "Chinese, the same": ("猫和狗", "猫和狗", 1.0),
+    "Chinese, one of three characters": ("猫和狗", "猫与鸟", 1 / 3),
+    "Chinese, punctuation and spaces": ("写一首诗。", "写 一首诗", 1.0),
+    "Chinese, a word longer": ("写一首诗", "请写一首诗", 8 / 9),
+    "Chinese with an English word": ("用Python写程序", "用Java写程序", 8 / 10),
+    "Chinese, digits are words": ("写3首诗", "写12首诗", 0.75),
+    "Japanese, one of nine characters": ("犬の名前を書いて。", "猫の名前を書いて。", 7 / 8),
+    "Japanese, katakana": ("データ", "データベース", 6 / 9),
+    "Thai": ("เขียนบทกวี", "เขียนบทกวี", 1.0),
+    "Korean, words by spaces": ("시를 써 주세요", "글을 써 주세요", 2 / 3),
+    "Russian": ("Напиши стих о коте", "напиши СТИХ о собаке", 0.75),
+    "Russian, ё is a letter": ("ёлка", "елка", 0.0),
+    "German": ("Schreibe ein Gedicht über Käse", "schreibe ein Gedicht über Brot", 0.8),
+    "German capitals": ("ÜBER KÄSE", "über Käse", 1.0),
+    "French": ("Décris une forêt", "Décris une fête", 2 / 3),
+    "an accent is part of a word": ("naïve", "na ve", 0.0),
+    "accents written in two ways": ("caf\u00e9", "cafe\u0301", 1.0),
+    "Spanish question marks": ("¿Qué es esto?", "qué es esto", 1.0),
+    "Greek, final and inner sigma": ("ΣΟΦΟΣ", "σοφος", 1.0),
+    "Hindi, vowel signs are part of a word": ("कविता लिखो", "कविता पढ़ो", 0.5),
+    "Arabic": ("اكتب قصيدة", "اكتب قصة", 0.5),
+    "Hebrew": ("כתוב שיר", "כתוב שיר", 1.0),
 }
 
 
 @pytest.mark.parametrize("a, b, f", ROUGE_PAIRS.values(), ids=ROUGE_PAIRS)
 def test_rouge_l_of_known_pairs(a, b, f):
     assert si.rouge_l(a, b) == pytest.approx(f, abs=1e-12)
+
+
+@pytest.mark.parametrize("a, b, f", OTHER_LANGUAGES.values(), ids=OTHER_LANGUAGES)
+def test_rouge_l_in_other_languages(a, b, f):
+    """rouge-score sees only a-z and 0-9: it gives 0 to equal Chinese or Russian strings."""
+    assert si.rouge_l(a, b) == pytest.approx(f, abs=1e-12)
+    assert si.rouge_l(b, a) == pytest.approx(f, abs=1e-12)
+
+
+def test_no_string_breaks_rouge_l():
+    """Any characters give a value from 0 to 1, and 1 for equal strings with a word."""
+    rng = random.Random(0)
+    ranges = [(0, 0x250), (0x300, 0x700), (0x900, 0x1000), (0x3000, 0x3200), (0x4E00, 0x4F00),
+              (0xD800, 0xE000), (0xFE00, 0x11000), (0x1F300, 0x1F700), (0x20000, 0x20100)]
+    for _ in range(500):
+        a, b = ("".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(12)))
+                for _ in range(2))
+        assert 0 <= si.rouge_l(a, b) <= 1
+        assert si.rouge_l(a, a) == (1 if words(a) else 0)
+        assert si.rouge_l(a, b) == si.rouge_l(b, a)
+        si.reject_reason(a, [b])
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
@@ -182,8 +227,28 @@ INSTRUCTIONS = {
     "a quote first": ('"Quoted" is this whole thing.', "first letter"),
     "a dash first": ("- Name two more animals.", "first letter"),
     "an underscore first": ("_Name two more animals.", "first letter"),
-    "Chinese first": ("请 告诉 我 猫 的 名字", "first letter"),
     "a digit first": ("3 and 4 make what?", None),
+    "Chinese": ("请告诉我猫的名字。", None),
+    "Chinese with spaces": ("请 告诉 我 猫 的 名字", None),
+    "Chinese, 3 characters": ("写首诗。", "short"),
+    "Chinese, 4 characters": ("写一首诗。", None),
+    "Chinese, 150 characters": ("诗" * 150 + "。", None),
+    "Chinese, 151 characters": ("诗" * 151, "long"),
+    "Chinese, a quote first": ("「猫」是什么意思？", "first letter"),
+    "Chinese, a full-width digit first": ("３只猫有几条腿？", None),
+    "Chinese word in English": ("What is 猫?", "short"),
+    "Japanese": ("猫について短い詩を書いてください。", None),
+    "Thai": ("เขียนบทกวีเกี่ยวกับแมว", None),
+    "Russian": ("Напиши короткий стих о коте.", None),
+    "Russian, 3 words": ("Напиши короткий стих.", "short"),
+    "Russian, 151 words": ("слово " * 151, "long"),
+    "German": ("Übersetze den Satz ins Englische.", None),
+    "French": ("Écris un poème sur le chat.", None),
+    "Spanish": ("¿Cuántas patas tiene un gato?", None),
+    "Spanish, only marks": ("¿¡? a b c", "first letter"),
+    "Hindi": ("बिल्ली पर एक कविता लिखो", None),
+    "Arabic": ("اكتب قصيدة قصيرة عن القط", None),
+    "an emoji first": ("😀 what does this mean?", "first letter"),
 }
 
 
@@ -220,6 +285,26 @@ def test_a_rouge_l_above_seven_tenths_with_any_of_the_pool_is_rejected():
     assert si.reject_reason(sharing(8), [TEN_WORDS]) == "rouge"
     pool = ["Name two more animals.", TEN_WORDS, "Add 3 and 4."]
     assert si.reject_reason(sharing(8), pool) == "rouge"
+
+
+@pytest.mark.parametrize("text, near", [
+    ("写一首关于小猫的诗。", "写一首关于小狗的诗。"),
+    ("猫について短い詩を書いてください。", "犬について短い詩を書いてください。"),
+    ("Напиши короткий стих о моём коте.", "Напиши короткий стих о моей коте."),
+    ("Schreibe ein kurzes Gedicht über Käse.", "Schreibe ein kurzes Gedicht über Brötchen."),
+])
+def test_near_copies_are_rejected_in_any_language(text, near):
+    assert si.reject_reason(near, [text]) == "rouge"
+
+
+@pytest.mark.parametrize("text, far", [
+    ("写一首关于小猫的诗。", "请告诉我今天的天气怎么样？"),
+    ("猫について短い詩を書いてください。", "明日の天気を教えて。"),
+    ("Напиши короткий стих о коте.", "Сколько будет два плюс три?"),
+    ("Schreibe ein kurzes Gedicht über Käse.", "Übersetze das Wort ins Französische."),
+])
+def test_new_instructions_are_kept_in_any_language(text, far):
+    assert si.reject_reason(far, [text]) is None
 
 
 @pytest.mark.parametrize("text, reason", [("image of w", "short"), ("an image of w", "keyword")])
@@ -370,6 +455,7 @@ INSTANCES = {
     "both empty": ([("", "")], [], ["empty output"]),
     "input as output": ([("a", "a")], [], ["input is output"]),
     "colons": ([("a:", "x"), ("b", "y:"), ("c:d", "y")], [("c:d", "y")], ["ends with a colon"] * 2),
+    "wide colons": ([("句子：", "x"), ("b", "答案：")], [], ["ends with a colon"] * 2),
     "seven": (SEVEN, SEVEN[:5], ["more than five"] * 2),
     "two outputs of seven": (SEVEN[:6] + [("0", "z")], [], [TWO_OUTPUTS] * 7),
 }

@@ -6,6 +6,7 @@ tested in test_verdicts.py, the measures of the table in test_judge_quality.py.
 
 import copy
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -467,6 +468,17 @@ def test_the_same_seed_gives_the_same_log(files, tmp_path):
     assert first[1:] == second[1:]
 
 
+def test_a_run_killed_before_its_first_state_resumes_to_the_same_log(files, tmp_path):
+    """Byte for byte, the settings in its first row included."""
+    whole = run(files, tmp_path, pairs="random")
+    path = tmp_path / "self_reward-pairs-random.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    (tmp_path / "self_reward" / "pairs-random-M3.pt").unlink()
+    assert run(files, tmp_path, pairs="random", resume=True) == whole
+    assert path.read_bytes() == before
+
+
 def test_variants_share_m1_until_its_settings_change(files, tmp_path, capsys):
     run(files, tmp_path, pairs="random", iterations=1)
     path = tmp_path / "self_reward" / "M1.pt"
@@ -483,6 +495,20 @@ def test_variants_share_m1_until_its_settings_change(files, tmp_path, capsys):
     logs = sorted(p.name for p in tmp_path.glob("*.jsonl"))
     assert logs == ["self_reward-pairs-random-update-sft.jsonl", "self_reward-pairs-random.jsonl"]
 
+    ift = tmp_path / "renamed.jsonl"
+    ift.write_bytes((files / "ift.jsonl").read_bytes())
+    os.utime(tmp_path / "gpt.pt")  # a copy of the folder may be newer
+    run(files, tmp_path, pairs="random", iterations=1, data=str(ift))
+    assert "is there" in capsys.readouterr().out
+
+    ift.write_bytes(b"".join(ift.read_bytes().splitlines(keepends=True)[1:]))
+    run(files, tmp_path, pairs="random", iterations=1, data=str(ift))
+    assert "is there" not in capsys.readouterr().out
+    assert path.read_bytes() != m1
+
+    run(files, tmp_path, pairs="random", iterations=1)
+    assert path.read_bytes() == m1
+    capsys.readouterr()
     run(files, tmp_path, pairs="random", iterations=1, sft_lr=1e-4)
     assert "is there" not in capsys.readouterr().out
     assert path.read_bytes() != m1
@@ -513,8 +539,24 @@ def test_a_judge_that_never_writes_a_score_ends_the_run(files, tmp_path, capsys)
     log = run(files, tmp_path)
     assert [row["stage"] for row in stages(log)] == ["M1", "M1 greedy", "M1 best of 4"]
     assert not any(row.get("round", 0) > 0 for row in log)
-    assert "fewer than 8 pairs" in capsys.readouterr().out
+    assert "fewer than 8 pairs, and the run ends here: no verdict" in capsys.readouterr().out
     assert not (tmp_path / "self_reward" / "M2.pt").exists()
+
+
+@pytest.mark.parametrize("settings, cause", [
+    (dict(pairs="judge"), "the judge no longer sees a difference; try a lower --batch-pairs"),
+    (dict(pairs="judge", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+    (dict(pairs="random", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+    (dict(pairs="gold", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+])
+def test_a_round_with_few_pairs_says_why(files, tmp_path, monkeypatch, capsys, settings, cause):
+    """It has 16 prompts. Only a judge that judged enough prompts is said to see no difference."""
+    def judge(model, enc, prompts, responses, cfg, seed):
+        return [[5.0] * len(row) for row in responses], 1.0
+
+    monkeypatch.setattr(self_reward, "judge", judge)
+    run(files, tmp_path, iterations=1, **settings)
+    assert f"and the run ends here: {cause}\n" in capsys.readouterr().out
 
 
 def test_gold_pairs_never_contradict_gold(files, tmp_path, monkeypatch):

@@ -385,6 +385,17 @@ def train(tmp_path, init, name, **changes):
     return rows, load_checkpoint(tmp_path / name / "sft.pt")
 
 
+def test_samples_that_cannot_be_printed_leave_a_finished_run(tmp_path, init, monkeypatch):
+    def fail(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sft, "print_samples", fail)
+    with pytest.raises(BrokenPipeError):
+        train(tmp_path, init, "run", epochs=1)
+    assert (tmp_path / "run" / "sft.pt").exists()
+    assert not list((tmp_path / "run").glob("*.state*"))
+
+
 def validation_loss(tmp_path, val):
     """Measure the checkpoint in tmp_path/a on the chats of a file."""
     model, enc, _ = gpt.load_model(tmp_path / "a" / "sft.pt")

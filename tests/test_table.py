@@ -1,5 +1,7 @@
 """Tests of scaffold/table.py: what scripts print about their results."""
 
+import math
+
 from scaffold.table import format_table, print_row, print_samples
 from tiny import chat
 
@@ -21,6 +23,17 @@ def test_columns_are_aligned_and_empty_ones_are_left_out():
         "sft         0.500  100  40/50/10",
         "best-of-16      -    7         -",
     ]
+
+
+def test_numbers_that_a_log_lost_are_dashes():
+    """A log has null for NaN: a row looks the same from memory and from a log."""
+    columns = {"gold": ("gold", ".3f"), "vs M1": ("vs", ""), "n": ("n", "d")}
+    for missing in (math.nan, None):
+        rows = [{"gold": missing, "vs": [0.5, missing, 0.25], "n": 1}]
+        assert format_table(rows, columns).split() == ["vs", "M1", "n", "50/-/25", "1"]
+        rows.append({"gold": 0.5, "vs": missing, "n": 2})
+        assert [line.split() for line in format_table(rows, columns).splitlines()[1:]] == [
+            ["-", "50/-/25", "1"], ["0.500", "-", "2"]]
 
 
 def test_a_row_is_one_line_of_names_and_values(capsys):

@@ -962,9 +962,9 @@ def test_ensure_writes_beside_the_files_of_the_village_and_leaves_them_alone(tmp
 def test_ensure_keeps_files_that_are_complete_and_replaces_incomplete_ones(tmp_path, small):
     tasks.ensure(tmp_path, 3)
     before = digests(tmp_path)
-    (tmp_path / "seed_tasks.jsonl").write_text("mine")
+    (tmp_path / "seed_tasks.jsonl").write_text('{"instruction": "mine"}')
     tasks.ensure(tmp_path, 3)
-    assert (tmp_path / "seed_tasks.jsonl").read_text() == "mine"
+    assert read_jsonl(tmp_path / "seed_tasks.jsonl") == [{"instruction": "mine"}]
     (tmp_path / "pages" / "mixture.json").unlink()  # the last file that is written
     tasks.ensure(tmp_path, 3)
     assert digests(tmp_path) == before

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from data.text import (
     Source,
     batches,
     by_length,
+    checkpoint_text,
     cut,
     draw_rows,
     find_texts,
@@ -25,6 +27,7 @@ from data.text import (
     write_text,
 )
 from scaffold.cli import UserError
+from scaffold.run import save_checkpoint
 from tiny import (
     END,
     ENC,
@@ -204,14 +207,16 @@ BAD_CORPORA = {  # file, mixture -> what the error must contain
     ("gone.txt", ""): ["gone.txt"],
     ("empty.txt", ""): ["empty.txt", "0 tokens"],
     ("no_txt", ""): ["no_txt", "*.txt"],
-    ("short.txt", ""): ["short.txt", "--block-size"],
+    ("short.txt", ""): ["short.txt", "81 are needed"],
     ("latin.txt", ""): ["latin.txt", "byte 9", "iconv"],
     ("good", "b=1"): ["'b'", "'a'"],
     ("good", "a"): ["--mixture", "name=weight"],
     ("good", "a=much"): ["--mixture", "a=much"],
     ("good", "a=0"): ["a=0"],
     ("good", "a=-1"): ["a=-1"],
-    ("good", "a=1,b=nan"): ["a=1,b=nan", "0 or more"],
+    ("good", "a=1,b=nan"): ["a=1,b=nan", "from 1e-9"],
+    ("good", "a=3e-308"): ["a=3e-308", "from 1e-9"],
+    ("good", "a=1e300"): ["a=1e300", "to 1e15"],
     ("good", "a=inf"): ["a=inf"],
     ("bad_mixture", ""): ["mixture.json"],
 }
@@ -233,6 +238,29 @@ def test_a_bad_corpus_is_named(tmp_path, file, mixture):
     assert "\n" not in str(e.value)
     for part in BAD_CORPORA[file, mixture]:
         assert part in str(e.value), e.value
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 0.5, 0.9])
+def test_the_numbers_named_for_a_short_text_are_exact(tmp_path, share):
+    """The needed tokens suffice, and so does the context; one token more is refused."""
+    path = tmp_path / "a.txt"
+
+    def write(n):
+        path.write_text(ENC.decode(ENC.encode_ordinary(" cow") * (n - 1)))
+
+    write(90)
+    with pytest.raises(UserError, match="90 tokens are too few") as e:
+        read_corpus(path, ENC, 128, share)
+    needed, most = re.search(r"([\d,]+) are needed.* of at most (\d+)", str(e.value)).groups()
+    read_corpus(path, ENC, int(most), share)
+    with pytest.raises(UserError, match="90 tokens are too few"):
+        read_corpus(path, ENC, int(most) + 1, share)
+    needed = int(needed.replace(",", ""))
+    write(needed)
+    read_corpus(path, ENC, 128, share)
+    write(needed - 1)
+    with pytest.raises(UserError, match=f"{needed - 1} tokens are too few"):
+        read_corpus(path, ENC, 128, share)
 
 
 @pytest.mark.parametrize("separator", ["<|end|>\n", "<|end|>\r\n"], ids=["Unix", "Windows"])
@@ -515,3 +543,43 @@ def test_write_text_writes_to_a_pipe(tmp_path):
     assert os.read(reader, 100) == b"row\n"
     os.close(reader)
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+# The text that a checkpoint remembers
+
+
+def remember(path, data):
+    """Write what checkpoint_text reads of a checkpoint."""
+    save_checkpoint(path, data=str(data), val_fraction=0.2, mixture="")
+
+
+@pytest.mark.parametrize("folder", ["moved", "moved/deeper"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_text_that_moved_with_its_checkpoint_is_found(tmp_path, monkeypatch, folder, absolute):
+    """out/gpt.pt remembers out/data/pretrain, and out/ becomes another folder."""
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "out" / "data" / "pretrain" / "a.txt", random_documents([30]))
+    remember("out/gpt.pt", tmp_path / "out/data/pretrain" if absolute else "out/data/pretrain")
+    before = checkpoint_text("out/gpt.pt", ENC, 16)
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / "out").rename(tmp_path / folder)
+    monkeypatch.chdir("/")
+    after = checkpoint_text(tmp_path / folder / "gpt.pt", ENC, 16)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(a, b) for a, b in zip(after["a"].train, before["a"].train))
+
+
+def test_a_text_that_is_gone_is_named_with_what_to_type(tmp_path):
+    remember(tmp_path / "gpt.pt", "gone/text.txt")
+    with pytest.raises(UserError, match="gone/text.txt.*--text.*--ptx 0"):
+        checkpoint_text(tmp_path / "gpt.pt", ENC, 16)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_remembered_device_or_pipe_is_not_read(tmp_path):
+    """It might never end. A checkpoint of a stranger could name it."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/zero", "/dev/stdin", tmp_path / "pipe"):
+        remember(tmp_path / "gpt.pt", name)
+        with pytest.raises(UserError, match="text is gone"):
+            checkpoint_text(tmp_path / "gpt.pt", ENC, 16)

@@ -135,3 +135,14 @@ def test_a_folder_is_no_tokenizer_file(tmp_path):
     path.mkdir()
     with pytest.raises(UserError, match="t.json"):
         get_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("pattern", [
+    r"(\(\g<0>?\))|[\s\S]",
+    r"(?<x>\(\g<x>?\))|[\s\S]",
+    r"(?P>x)|(?P<x>[\s\S])",
+    r"(?R)|[\s\S]",
+])
+def test_a_pattern_that_calls_itself_is_refused(tmp_path, pattern):
+    with pytest.raises(UserError, match="t.json: not a tokenizer file"):
+        get_tokenizer(write_tokenizer(tmp_path / "t.json", pattern=pattern))

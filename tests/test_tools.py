@@ -5,6 +5,7 @@ import re
 import resource
 import sqlite3
 import sys
+import threading
 import time
 
 import pytest
@@ -283,20 +284,133 @@ def test_a_bomb_takes_no_memory(db):
     assert after - before < 50_000 * unit
 
 
-def test_views_and_virtual_tables_are_not_readable(tmp_path):
-    """They run code of the file's author. A generated column is limited like any other value."""
-    script = """
-        CREATE VIEW cheap AS SELECT item FROM shop WHERE price < 20;
-        CREATE VIEW spy AS SELECT sql FROM sqlite_master;
-        CREATE VIRTUAL TABLE words USING fts5(word);
-        CREATE TABLE g (a INTEGER, b AS (zeroblob(a)));
-        INSERT INTO g VALUES (900000000);
+NESTED_VIEWS = "BEGIN; CREATE VIEW v0 AS SELECT item x FROM shop;" + "".join(
+    f"CREATE VIEW v{i} AS SELECT a.x FROM v{i - 1} a, v{i - 1} b;" for i in range(1, 40)) + "END;"
+CHAINED_COLUMNS = "CREATE TABLE g (c0 TEXT, " + ", ".join(
+    f"c{i} AS (c{i - 1} || c{i - 1})" for i in range(1, 40)) + ");"
+CODE = {
+    "view": "CREATE VIEW cheap AS SELECT item FROM shop WHERE price < 20;",
+    "view of the schema": "CREATE VIEW spy AS SELECT sql FROM sqlite_master;",
+    "nested views": NESTED_VIEWS,
+    "nested views that are called tables": NESTED_VIEWS + """
+        PRAGMA writable_schema = ON;
+        UPDATE sqlite_master SET type = 'table' WHERE type = 'view';""",
+    "nested views with other spaces": NESTED_VIEWS + """
+        PRAGMA writable_schema = ON;
+        UPDATE sqlite_master SET sql = 'create/**/' || substr(sql, 7) WHERE type = 'view';""",
+    "full-text table": "CREATE VIRTUAL TABLE words USING fts5(word);",
+    "generated column": "CREATE TABLE g (a INTEGER, b AS (zeroblob(a)));",
+    "stored column": "CREATE TABLE g (a INTEGER, b INTEGER AS (a + 1) STORED);",
+    "chained columns": CHAINED_COLUMNS,
+    "index of an expression": "CREATE INDEX double ON shop (price * 2);",
+    "unique index of an expression": "CREATE UNIQUE INDEX double ON shop (item || price);",
+}
+PLAIN = {
+    "index": "CREATE INDEX i ON shop (price); CREATE UNIQUE INDEX j ON shop (item, price);",
+    "index of some rows": "CREATE INDEX cheap ON shop (item) WHERE price < 20;",
+    "trigger": "CREATE TRIGGER t AFTER INSERT ON diary BEGIN DELETE FROM diary; END;",
+    "table made from another": "CREATE TABLE copy AS SELECT * FROM shop;",
+    "rules": "CREATE TABLE r (a INTEGER DEFAULT (1 + 1) CHECK (a > 0), b REFERENCES shop (item));",
+    "no rowid": "CREATE TABLE r (a TEXT PRIMARY KEY) WITHOUT ROWID;",
+    "counter": "CREATE TABLE r (a INTEGER PRIMARY KEY AUTOINCREMENT);",
+    "statistics": "ANALYZE;",
+    "odd names": """CREATE TABLE "a view as b's" ("AS (" TEXT); CREATE INDEX "A" ON shop (item);""",
+    "many columns": "CREATE TABLE r (" + ", ".join(f"column{i} TEXT" for i in range(500)) + ");",
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_file_with_code_is_refused_at_once(tmp_path, name):
+    """SQLite would expand it while it compiles a statement, where no clock can stop it."""
+    path = write_shop(tmp_path / "code.db", script=CODE[name])
+    start = time.monotonic()
+    with pytest.raises(UserError, match="code.db: .*(view|not a readable SQLite database)"):
+        tools.open_database(path)
+    assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_file_of_plain_tables_is_opened(tmp_path, name):
+    db = tools.open_database(write_shop(tmp_path / "plain.db", script=PLAIN[name]))
+    assert tools.run_query(db, "SELECT price FROM shop WHERE item LIKE 'red %'") == "47"
+
+
+def test_a_definition_of_megabytes_is_refused(tmp_path):
+    script = f"CREATE TABLE long (a /* {'x' * 2_000_000} */);"
+    with pytest.raises(UserError, match="not a readable SQLite database .too long"):
+        tools.open_database(write_shop(tmp_path / "long.db", script=script))
+
+
+def test_a_schema_that_takes_long_to_read_is_refused(tmp_path, monkeypatch):
+    """Each table takes some time; the tables of this file are all the same one."""
+    path = write_shop(tmp_path / "slow.db")
+    make_endless(path, root=1)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="not a readable SQLite database"):
+        tools.open_database(path)
+    assert time.monotonic() - start < 2
+
+
+def make_endless(path, root):
+    """Rewrite a table of a file so that it has 80 ** 9 rows: all children of a page are one page.
+
+    root: number of the table's first page, for which ten more pages are appended.
     """
-    db = tools.open_database(write_shop(tmp_path / "v.db", script=script))
-    for source in ("cheap", "spy", "words", "g"):
-        assert tools.run_query(db, f"SELECT * FROM {source}").startswith("[error: "), source
-    for source in ("cheap", "spy", "words"):
-        assert tools.run_query(db, f"SELECT count(*) FROM {source}").startswith("[error: "), source
+    raw = bytearray(path.read_bytes())
+    size = int.from_bytes(raw[16:18], "big")
+    n_pages = len(raw) // size
+    start = 100 if root == 1 else 0       # the header of the file
+    leaf = raw[(root - 1) * size:root * size]
+    at = [root, *range(n_pages + 1, n_pages + 11)]
+    for page, child in zip(at, at[1:]):
+        cell = child.to_bytes(4, "big") + b"\1"                            # child and row number
+        first = size - len(cell)
+        head = b"\5\0\0" + (80).to_bytes(2, "big") + first.to_bytes(2, "big") + b"\0"
+        inner = head + child.to_bytes(4, "big") + 80 * first.to_bytes(2, "big")
+        begin = start if page == root else 0
+        new = leaf[:begin] + inner
+        raw[(page - 1) * size:page * size] = new + bytes(size - len(new) - len(cell)) + cell
+    if root == 1:   # the leaf keeps its cells; only its header moves to the start of the page
+        n_cells = int.from_bytes(leaf[103:105], "big")
+        leaf[:8 + 2 * n_cells] = leaf[100:108 + 2 * n_cells]
+    raw[(at[-1] - 1) * size:] = leaf
+    raw[28:32] = (len(raw) // size).to_bytes(4, "big")
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("statement", [
+    "SELECT count(*) FROM diary",
+    "SELECT count(day) FROM diary",
+    "SELECT text FROM diary WHERE day < 0",
+    "SELECT count(*) + 1 FROM diary, shop",
+    "SELECT 1 WHERE (SELECT count(*) FROM diary) = 0",
+    "SELECT count(*) FROM diary UNION SELECT count(*) FROM diary",
+])
+def test_a_large_table_obeys_the_clock(tmp_path, statement):
+    """count(*) is one instruction of SQLite's machine: a progress handler is never called."""
+    path = write_shop(tmp_path / "large.db")
+    other = sqlite3.connect(path)
+    root, = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'diary'").fetchone()
+    with other:
+        other.execute("INSERT INTO diary VALUES (1, 'rain')")
+    other.close()
+    make_endless(path, root)
+    db = tools.open_database(path)
+    for _ in range(3):
+        start = time.monotonic()
+        assert tools.run_query(db, statement, 0.1) == "[error: the query takes too long]"
+        assert time.monotonic() - start < 0.5
+    assert tools.run_query(db, KITE, 0.1) == "47"
+
+
+def test_the_clock_stops_with_the_query(db):
+    """No thread stays behind to interrupt the next query."""
+    n_threads = threading.active_count()
+    for _ in range(20):
+        assert tools.run_query(db, KITE, seconds=0.02) == "47"
+    assert threading.active_count() == n_threads
+    time.sleep(0.05)
+    assert tools.run_query(db, KITE, seconds=1) == "47"
 
 
 def test_no_statement_within_the_length_limit_takes_long_to_compile(db):

@@ -320,6 +320,29 @@ def test_ift_and_eft_share_no_prompt():
     assert all(r in eft for r in unshared)
 
 
+def chat(prompt, response="yes"):
+    return {"messages": [{"role": "user", "content": prompt}, assistant(response)]}
+
+
+def judged(prompt):
+    messages = [{"role": "user", "content": prompt}]
+    return {"prompt": messages, "responses": ["yes"], "verdicts": ["Score: 9"]}
+
+
+@pytest.mark.parametrize("n_shared", [0, 1, 6])
+def test_the_number_of_left_out_prompts_is_printed(capsys, n_shared):
+    chats = [chat(f"prompt {i}") for i in range(10)]
+    records = [judged(f"prompt {i}") for i in range(10 - n_shared, 20 - n_shared)]
+    data = verdicts.seed_data(chats, records, halo=0, seed=0)
+    n_records = len(data.judged) + len(data.held_out)
+    assert len(data.chats) + n_records == 20 - n_shared
+    want = ""
+    if n_shared:
+        want = (f"prompts that are in both IFT and EFT stay in one of them: {10 - len(data.chats)} "
+                f"of 10 chats and {10 - n_records} of 10 records left out\n")
+    assert capsys.readouterr().out == want
+
+
 MALFORMED = {
     "no verdicts": {"prompt": "Hi", "responses": ["a"]},
     "another length": {"prompt": "Hi", "responses": ["a", "b"], "verdicts": ["Score: 1"]},

@@ -787,8 +787,8 @@ MUTANTS = [
     Mutant(
         name="resume-with-another-tokenizer",
         file="gpt.py",
-        old="cfg.init_from, cfg.tokenizer or EMBEDDED]",
-        new="cfg.init_from]",
+        old="cfg.init or cfg.tokenizer or EMBEDDED]",
+        new="cfg.init]",
         bug="a resumed run reads its text with a tokenizer that was made anew",
         published="k2-fsa/icefall #1417",
         tests="processes"),
@@ -827,9 +827,9 @@ MUTANTS = [
     # Self-Instruct and self-rewarding.
     Mutant(
         name="rouge-case",
-        file="self_instruct.py",
-        old="text.lower()).split()",
-        new="text).split()",
+        file="data/words.py",
+        old="text = text.lower()",
+        new="text = str(text)",
         bug="ROUGE without lower case: a capital makes a word new",
         published="promptfoo PR #9739",
         tests="self_instruct"),
