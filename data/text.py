@@ -169,7 +169,7 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     """
     share = min(val_fraction, 1 - val_fraction)   # of the smaller part
     if not share > 0:   # this form also refuses nan
-        raise UserError(f"--val-fraction {val_fraction}: must be above 0 and below 1")
+        raise UserError(f"{path}: --val-fraction {val_fraction} must be above 0 and below 1")
     end = end_of(enc)
     sources = {}
     for name, file in find_texts(path).items():

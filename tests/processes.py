@@ -441,8 +441,10 @@ def change_inputs(reader, files, folder):
 
     entry = dict(first=run(False), resumed={})
     opened = set(json.loads(report.read_text()))
-    # Not an input: it says which seed made the village, for a notice.
-    read = [p for p in before if str(p.resolve()) in opened and p.name != "village.json"]
+    # Opened, but not an input: the seed of the village, for a notice; and a check that the
+    # validation rankings are whole.
+    checked = {"village.json", "ranked_val.jsonl"}
+    read = [p for p in before if str(p.resolve()) in opened and p.name not in checked]
     names = {p: p.relative_to(out if out in p.parents else files).as_posix() for p in read}
     entry["read"] = sorted(set(names.values()))
     for path in read:
