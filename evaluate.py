@@ -15,16 +15,21 @@ temperature 1 and greedy, and the best of n sft samples by the reward model.
     lm loss      nats per token on held-out pretraining text: the cost of alignment
     ±            half of a 95% interval over the prompts
 
+Without a grader the prompts are --prompts or those that sft.py held out. Then "ended" is the share
+of responses with an end token, and "reward wins" the win rate by the score of the reward model.
+
 A second table shows the reward model on probe pairs (data/probes.py): how often it prefers the
 better of two responses that differ in one thing, such as a single wrong word.
 
     python evaluate.py                      the tables of ./out
     python evaluate.py --json               one JSON object per row; that of the probes comes last
-    python evaluate.py --out out/seed1      another run
+    python evaluate.py --out out/mine --prompts pairs.jsonl      prompts in any record format
 
 Half a minute on two CPU cores. The prompts come from users no training stage has seen.
 """
+import contextlib
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +41,10 @@ import reward
 import sft
 from data.checkpoint import policies
 from data.corpus import plain_text
-from data.exam import grade_row, load_exam, mean_and_ci
+from data.exam import COLUMNS, grade_row, load_exam, mean_and_ci, ungraded_exam, ungraded_row
 from data.formats import write_records
 from data.probes import PROBE_COLUMNS, probe_pairs, probe_rates, probe_rows
-from data.text import checkpoint_text
+from data.text import text_if_there
 from data.tokenizer import end_of
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
 from scaffold.run import json_line, load_checkpoint, set_seed
@@ -49,7 +54,7 @@ from scaffold.table import format_table
 @dataclass
 class Config(BaseConfig):
     seed: int = -1               # of the samples; -1 takes the seed of OUT/sft.pt
-    prompts: str = ""            # prompts with tasks; empty: the village's in OUT/data
+    prompts: str = ""            # prompts; empty: the village's in OUT/data, else sft.py's held-out
     n: int = 512                 # number of prompts
     best_of: int = 16            # samples per prompt of the best-of-n row; 0 leaves it out
     max_new_tokens: int = 64     # longest response
@@ -67,6 +72,11 @@ def base_responses(model, enc, chats, max_new_tokens, seed):
     return [text.split("\n")[0] for text in texts]
 
 
+def with_end(ids, enc):
+    """Return a response and whether it has an end token."""
+    return sft.decode_response(ids, enc), end_of(enc) in ids
+
+
 def response_logprobs(model, enc, chats, responses):
     """Return log pi of each response (a string), its end token included: (N,)."""
     block_size = model.config.block_size
@@ -79,10 +89,12 @@ def response_logprobs(model, enc, chats, responses):
 
 
 def best_of_n(model, reward_model, enc, chats, cfg):
-    """Sample n responses per prompt and return those with the highest score."""
+    """Sample n responses per prompt and return those with the highest score, as of with_end."""
     repeated = [chat for chat in chats for _ in range(cfg.best_of)]
-    samples = sft.sample_responses(model, enc, repeated, cfg.max_new_tokens, seed=cfg.seed + 2)
-    scores = torch.tensor(reward.score_responses(reward_model, enc, repeated, samples))
+    samples = sft.sample_responses(model, enc, repeated, cfg.max_new_tokens, seed=cfg.seed + 2,
+                                   decode=with_end)
+    texts = [text for text, _ in samples]
+    scores = torch.tensor(reward.score_responses(reward_model, enc, repeated, texts))
     best = scores.view(len(chats), cfg.best_of).argmax(1).tolist()            # (prompts,)
     return [samples[i * cfg.best_of + k] for i, k in enumerate(best)]
 
@@ -109,25 +121,32 @@ def evaluate(cfg):
     if cfg.seed < 0:
         cfg.seed = state.get("seed", 0)
     set_seed(cfg.seed)
+    T = reference.config.block_size
     exam = load_exam(out / "data", cfg.prompts, cfg.n, cfg.grade)
+    if not exam:
+        exam = ungraded_exam(cfg, state, out / "sft.pt", lambda r: sft.fit_prompts(r, enc, T // 2))
     chats = exam.chats
     n = exam.n
-    exam.opponent = exam.golds(sft.sample_responses(reference, enc, chats[:n], cfg.max_new_tokens,
-                                                    seed=cfg.seed + 1))
     reward_model = None
-    text = None
     if (out / "reward.pt").exists():
         reward_model = reward.load_reward(out / "reward.pt", device)[0]
-    if (out / "gpt.pt").exists():
-        text = checkpoint_text(out / "gpt.pt", enc, reference.config.block_size)
+    text = text_if_there(out / "gpt.pt", enc, T)
     rows = []
 
-    def add(stage, state, lm_loss, responses, kl):
+    def score(responses):
+        if not reward_model:
+            return []
+        return reward.score_responses(reward_model, enc, chats[:n], responses[:n])
+
+    theirs = sft.sample_responses(reference, enc, chats[:n], cfg.max_new_tokens, seed=cfg.seed + 1)
+    exam.opponent = exam.golds(theirs) if exam.grade else score(theirs)
+
+    def add(stage, state, lm_loss, responses, kl, ended=()):
         row = dict(stage=stage, seed=state.get("seed"), n=n) | grade_row(exam, responses)
-        row["reward"] = None
-        if reward_model:
-            scores = reward.score_responses(reward_model, enc, chats[:n], responses[:n])
-            row["reward"] = sum(scores) / n
+        scores = score(responses)
+        row["reward"] = sum(scores) / n if scores else None
+        if not exam.grade:
+            row |= ungraded_row(scores, exam.opponent, ended[:n])
         lengths = [len(enc.encode_ordinary(a)) for a in responses[:n]]
         rows.append(row | dict(kl_to_sft=kl, lm_loss=lm_loss, length=sum(lengths) / n))
 
@@ -138,18 +157,22 @@ def evaluate(cfg):
             responses = base_responses(model, enc, chats, cfg.max_new_tokens, cfg.seed)
             add(stage, state, lm_loss, responses, None)
             continue
-        responses = sft.sample_responses(model, enc, chats, cfg.max_new_tokens, seed=cfg.seed)
+        responses, ended = zip(*sft.sample_responses(
+            model, enc, chats, cfg.max_new_tokens, seed=cfg.seed, decode=with_end))
         kl = response_logprobs(model, enc, chats[:n], responses[:n])
         kl = kl - response_logprobs(reference, enc, chats[:n], responses[:n])
-        add(stage, state, lm_loss, responses, kl.mean().item())
-        greedy = sft.sample_responses(model, enc, chats, cfg.max_new_tokens, temperature=0)
+        add(stage, state, lm_loss, responses, kl.mean().item(), ended)
+        greedy, ended = zip(*sft.sample_responses(
+            model, enc, chats, cfg.max_new_tokens, temperature=0, decode=with_end))
         # A greedy policy is certain of its response: its own log-prob is 0.
         kl = -response_logprobs(reference, enc, chats[:n], greedy[:n])
-        add(f"{stage}-greedy", state, lm_loss, greedy, kl.mean().item())
+        add(f"{stage}-greedy", state, lm_loss, greedy, kl.mean().item(), ended)
         if stage == "sft" and reward_model and cfg.best_of:
-            best = best_of_n(model, reward_model, enc, chats, cfg)
+            best, ended = zip(*best_of_n(model, reward_model, enc, chats, cfg))
             bound = math.log(cfg.best_of) - (cfg.best_of - 1) / cfg.best_of
-            add(f"best-of-{cfg.best_of}", state, lm_loss, best, bound)
+            add(f"best-of-{cfg.best_of}", state, lm_loss, best, bound, ended)
+    if not exam.grade:
+        return rows
     greedy = next(r["golds"] for r in rows if r["stage"] == "sft-greedy")
     for r in rows:
         gain = [a - b for a, b in zip(r.pop("golds"), greedy)]
@@ -159,27 +182,9 @@ def evaluate(cfg):
     return rows
 
 
-COLUMNS = {"stage": ("stage", ""),
-           "gold": ("gold", ".2f"),
-           "±": ("gold_ci", ".2f"),
-           "new words": ("gold_new", ".2f"),
-           "win rate": ("win_rate_vs_sft", ".1%"),
-           "± ": ("win_rate_ci", ".1%"),
-           "refused": ("refused_rate", ".1%"),
-           "right": ("right_rate", ".1%"),
-           "wrong": ("wrong_rate", ".1%"),
-           "made up": ("hallucination_rate", ".1%"),
-           "rude": ("rude_rate", ".1%"),
-           "reward": ("reward", ".2f"),
-           "KL": ("kl_to_sft", ".1f"),
-           "lm loss": ("lm_loss", ".3f"),
-           "length": ("length", ".1f"),
-           "gold - greedy sft": ("gold_minus_greedy", "+.2f"),
-           "±  ": ("gold_minus_greedy_ci", ".2f")}
-
-
 def main(cfg):
-    rows = evaluate(cfg)
+    with contextlib.redirect_stdout(sys.stderr):   # stdout is for the rows
+        rows = evaluate(cfg)
     if cfg.json:
         print("".join(map(json_line, rows)), end="")
     else:

@@ -144,12 +144,11 @@ def response_example(prompt, response):
 
 def decode_response(ids, enc):
     """Turn the ids of a response into a string, without the end token."""
-    end = end_of(enc)
-    return enc.decode([i for i in ids if i != end])
+    return enc.decode([i for i in ids if i != end_of(enc)])
 
 
-def sample_responses(model, enc, chats, max_new_tokens, seed=0, **sampling):
-    """Sample a response (a string) to each chat that ends with the user's turn."""
+def sample_responses(model, enc, chats, max_new_tokens, seed=0, decode=decode_response, **sampling):
+    """Sample a response to each chat that ends with the user's turn: decode(ids, enc), a string."""
     prompts = [render_prompt(c, enc) for c in chats]
     seeds = random.Random(seed)
     responses = {}
@@ -157,7 +156,7 @@ def sample_responses(model, enc, chats, max_new_tokens, seed=0, **sampling):
         new = gpt.generate(model, [prompts[i] for i in rows], max_new_tokens, stop=end_of(enc),
                            seed=seeds.randrange(2**31), **sampling)
         responses |= zip(rows, new)
-    return [decode_response(responses[i], enc) for i in range(len(prompts))]
+    return [decode(responses[i], enc) for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -259,7 +258,7 @@ def main(cfg):
     model.load_state_dict(best["model"])
     for row in table:
         print_row(row)
-    gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed)
+    gpt.save_model(out / "sft.pt", model, enc, base["tokenizer"], seed=cfg.seed, data=inputs[1:3])
     run.finish()
     after = sample_responses(model, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,7 +198,7 @@ def read_corpus(path, enc, block_size, val_fraction, mixture=""):
     return {name: s._replace(weight=weights.get(name, 0.0)) for name, s in sources.items()}
 
 
-WITHOUT_TEXT = "name a text with --text, or do without it: --ptx 0"
+WITHOUT_TEXT = "for ppo.py name another text with --text, or do without it: --ptx 0"
 
 
 def remembered(name, path):
@@ -230,7 +231,7 @@ def find_text(path):
     places = remembered(state["data"], path)
     if not places:
         raise UserError(f"{path}: its pretraining text is gone: {brief(state['data'])}; restore "
-                        f"it, {WITHOUT_TEXT}")
+                        f"it, or {WITHOUT_TEXT}")
     return state, places[0]
 
 
@@ -243,6 +244,16 @@ def checkpoint_text(path, enc, block_size, other=""):
         return read_corpus(other, enc, block_size, val_fraction=0.05)
     state, text = find_text(path)
     return read_corpus(text, enc, block_size, state["val_fraction"], state["mixture"])
+
+
+def text_if_there(path, enc, block_size):
+    """Return what checkpoint_text returns; None, with a notice, if the text is gone."""
+    try:
+        find_text(path)
+    except UserError as e:
+        print(f"no LM loss: {e}", file=sys.stderr)
+        return None
+    return checkpoint_text(path, enc, block_size)
 
 
 def text_files(path, other=""):

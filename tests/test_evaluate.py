@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
@@ -11,13 +12,16 @@ import evaluate
 import gpt
 import ppo
 import reward
+import sft
 from data import exam
 from data.probes import KINDS, probe_pairs
 from data.village import new_task
 from lab_run import make_run
 from scaffold.cli import UserError
+from scaffold.run import load_checkpoint, save_checkpoint
 from scaffold.table import format_table
-from tiny import END, ENC, SPECIAL, read_jsonl, save_reward, user, write_jsonl
+from tiny import (
+    END, ENC, SPECIAL, Recorder, assistant, read_jsonl, save_reward, user, write_jsonl)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def test_rows_and_their_order(folder):
     assert by_stage["ppo"]["seed"] == 7
     assert by_stage["best-of-2"]["reward"] >= by_stage["sft"]["reward"] - 1
     assert by_stage["ppo"]["n_answerable"] + by_stage["ppo"]["n_unanswerable"] > 48
-    assert len(format_table(rows[:-1], evaluate.COLUMNS).splitlines()) == len(rows)
+    assert len(format_table(rows[:-1], exam.COLUMNS).splitlines()) == len(rows)
     json.dumps(rows)
 
 
@@ -120,6 +124,75 @@ def test_the_win_rate_is_one_half_if_all_responses_have_equal_grades(folder, mon
     rows = evaluate.evaluate(evaluate.Config(out=str(folder), best_of=0, max_new_tokens=2))
     rates = [(r["win_rate_vs_sft"], r["win_rate_ci"]) for r in rows if r["stage"] != "reward"]
     assert set(rates) == {(0.5, 0.0)}
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    """A run on files of a user: no village, no grader; sft.pt names its chats."""
+    out = tmp_path / "own"
+    shutil.copytree(folder, out)
+    shutil.rmtree(out / "data")
+    chats = [{"messages": [user(f"What is {i}?"), assistant("A number.")]} for i in range(100)]
+    names = [str(write_jsonl(out / "chats.jsonl", *chats)), ""]
+    save_checkpoint(out / "sft.pt", **load_checkpoint(out / "sft.pt") | dict(data=names))
+    return out
+
+
+def test_a_run_without_grades_gets_the_columns_that_need_none(own, capsys):
+    cfg = evaluate.Config(out=str(own), best_of=2, max_new_tokens=6)
+    rows = {row["stage"]: row for row in evaluate.evaluate(cfg)}
+    graded = ("gold", "win_rate_vs_sft", "hallucination_rate", "rude_rate")
+    assert all(row[key] is None for row in rows.values() for key in graded)
+    assert {row["n"] for row in rows.values()} == {5}
+    assert rows["sft"]["kl_to_sft"] == 0
+    assert rows["ppo"]["kl_to_sft"] != 0
+    assert rows["ppo"]["lm_loss"] > 0
+    assert rows["same"]["reward"] == rows["sft"]["reward"]
+    assert rows["best-of-2"]["reward_win_rate"] >= rows["sft"]["reward_win_rate"] - 0.5
+    assert "right_rate" not in rows["sft"]
+    assert "reward" not in rows, "the probes need the village's tasks"
+    capsys.readouterr()
+    evaluate.main(cfg)
+    printed, notices = capsys.readouterr()
+    heads = ["stage", "reward", "reward wins", "±", "ended", "KL", "lm loss", "length"]
+    assert re.split(r"  +", printed.splitlines()[0]) == heads
+    assert len(printed.splitlines()) == 1 + len(rows)
+    assert "not graded" in notices
+
+
+def test_the_rate_of_ends_and_wins_is_of_the_printed_responses(own, monkeypatch):
+    """Scores and ends are counted again, from the responses that the models gave."""
+    samples = Recorder(monkeypatch, sft, "sample_responses")
+    cfg = evaluate.Config(out=str(own), best_of=0, max_new_tokens=40)
+    rows = {row["stage"]: row for row in evaluate.evaluate(cfg)}
+    model, enc = reward.load_reward(own / "reward.pt")
+    (_, theirs), (args, mine) = samples.calls[:2]
+    ended = [end for _, end in mine]
+    assert rows["sft"]["end_rate"] == sum(ended) / len(ended)
+    for (text, end) in mine:
+        assert end == (len(enc.encode_ordinary(text)) < 40)
+    scores = [reward.score_responses(model, enc, args[2], texts)
+              for texts in ([text for text, _ in mine], theirs)]
+    wins = [(a > b) + (a == b) / 2 for a, b in zip(*scores)]
+    assert rows["sft"]["reward_win_rate"] == pytest.approx(sum(wins) / len(wins))
+    assert rows["sft"]["reward"] == pytest.approx(sum(scores[0]) / len(wins))
+
+
+def test_what_is_missing_leaves_columns_out(own, capsys):
+    """Neither a reward model nor the text of pretraining is needed; stdout has the rows only."""
+    (own / "reward.pt").unlink()
+    (own / "text.txt").unlink()
+    state = load_checkpoint(own / "gpt.pt")
+    save_checkpoint(own / "gpt.pt", **state | dict(data="gone.txt"))
+    pairs = [{"prompt": f"Hi {i}", "chosen": "a", "rejected": "b"} for i in range(3)]
+    prompts = write_jsonl(own / "pairs.jsonl", *pairs, {"prompt": "Hi " * 90})
+    evaluate.main(evaluate.Config(out=str(own), prompts=str(prompts), json=True, max_new_tokens=4))
+    printed, notices = capsys.readouterr()
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert {row["lm_loss"] for row in rows} == {row["reward"] for row in rows} == {None}
+    assert {row["n"] for row in rows} == {3}
+    assert "no LM loss" in notices
+    assert "gone.txt" in notices
 
 
 def test_response_logprobs_are_summed_over_the_response_and_its_end(folder):

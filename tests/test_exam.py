@@ -1,12 +1,14 @@
 """The exam: which prompts are new, what a question got, and what a policy that refuses gets."""
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from data import corpus
-from data.exam import Exam, grade_row, load_exam, mean_and_ci, outcome
-from data.formats import write_records
+from data.exam import (
+    Exam, grade_row, load_exam, mean_and_ci, outcome, ungraded_exam, ungraded_row)
+from data.formats import load_chats, load_val, write_records
 from data.probes import writing
 from data.village import IGNORANCE, KINDS, RUDE_LINES, WORDS, Reply, Wishes, grade, new_task, slots
 from scaffold.cli import UserError
@@ -170,7 +172,72 @@ def test_the_further_questions_are_read_with_the_test_prompts_alone(tmp_path):
     assert len(other.tasks) == 100
 
 
-def test_prompts_without_tasks_are_refused(tmp_path):
-    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Hi"})
-    with pytest.raises(UserError, match="task"):
-        load_exam(tmp_path, prompts=str(path))
+WITHOUT_TASKS = {
+    "none": [{"prompt": "Hi"}],
+    "one of two": [{"prompt": "Hi", "task": {"kind": "cow", "known": True}}, {"prompt": "Ho"}],
+    "a string": [{"prompt": "Hi", "task": "greet"}],
+    "another format": [{"instruction": "Hi", "output": "Ho", "task": {"kind": "cow"}}],
+}
+
+
+@pytest.mark.parametrize("records", WITHOUT_TASKS.values(), ids=WITHOUT_TASKS)
+def test_prompts_without_tasks_give_no_graded_exam(tmp_path, records):
+    assert load_exam(tmp_path, prompts=str(write_jsonl(tmp_path / "p.jsonl", *records))) is None
+    assert load_exam(tmp_path) is None  # no village in this folder
+
+
+def chats(n):
+    return [{"messages": chat(f"Hi {i}", "Ho"), "user": f"u{i % 25}"} for i in range(n)]
+
+
+def ask(state, path, prompts="", n=512, fit=lambda records: records):
+    """Return the first words of the prompts of an ungraded exam."""
+    exam = ungraded_exam(SimpleNamespace(prompts=prompts, n=n), state, path, fit)
+    assert exam.n == len(exam.chats)
+    assert exam.grade is None
+    return [c[0]["content"] for c in exam.chats]
+
+
+def test_an_ungraded_exam_asks_what_sft_held_out(tmp_path):
+    data = write_jsonl(tmp_path / "chats.jsonl", *chats(100))
+    val = write_jsonl(tmp_path / "val.jsonl", *chats(7))
+    checkpoint = tmp_path / "sft.pt"
+    for seed in (0, 5):
+        _, held_out = load_val(load_chats(data, seed), "", load_chats, seed)
+        want = [c["messages"][0]["content"] for c in held_out]
+        assert len(want) == 4
+        assert ask({"data": [str(data), ""], "seed": seed}, checkpoint) == want
+        assert ask({"data": ["/gone/chats.jsonl", ""], "seed": seed}, checkpoint) == want
+    assert ask({"data": [str(data), str(val)]}, checkpoint) == [f"Hi {i}" for i in range(7)]
+    assert ask({"data": [str(data), str(val)]}, checkpoint, n=3) == ["Hi 0", "Hi 1", "Hi 2"]
+
+
+FORGOTTEN = [{}, {"data": "x"}, {"data": []}, {"data": ["", ""]}, {"data": [5, ""]},
+             {"data": ["gone.jsonl", ""]}, {"data": ["chats.jsonl", "gone.jsonl"]}]
+
+
+@pytest.mark.parametrize("state", FORGOTTEN, ids=str)
+def test_an_ungraded_exam_without_chats_names_the_flag(tmp_path, state):
+    write_jsonl(tmp_path / "chats.jsonl", *chats(50))
+    with pytest.raises(UserError, match="sft.pt: the chats .* not here; .*--prompts"):
+        ask(state, tmp_path / "sft.pt")
+
+
+def test_an_ungraded_exam_takes_any_format_and_what_fits(tmp_path):
+    pair = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+    records = [pair, pair | {"prompt": "Ho"}, {"messages": chat("Hu")}]
+    path = write_jsonl(tmp_path / "p.jsonl", *records)
+    assert ask({}, tmp_path, str(path)) == ["Hi", "Ho", "Hu"]
+    assert ask({}, tmp_path, str(path), fit=lambda records: records[1:]) == ["Ho", "Hu"]
+    with pytest.raises(UserError, match="p.jsonl: no prompt fits"):
+        ask({}, tmp_path, str(path), fit=lambda records: [])
+
+
+def test_the_row_without_grades_by_hand():
+    row = ungraded_row([1.0, 0.0, 2.0, 5.0], [0.5, 0.5, 2.0, 1.0], [True, False, True, True])
+    assert row["reward_win_rate"] == 2.5 / 4
+    assert row["reward_win_rate_ci"] == pytest.approx(1.96 * math.sqrt(0.6875 / 3) / 2)
+    assert row["end_rate"] == 0.75
+    assert set(ungraded_row([], [], ()).values()) == {None}
+    assert ungraded_row([1.0], [0.5], [True])["reward_win_rate"] == 1
+    assert math.isnan(ungraded_row([1.0], [0.5], [True])["reward_win_rate_ci"])

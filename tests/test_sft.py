@@ -385,6 +385,15 @@ def train(tmp_path, init, name, **changes):
     return rows, load_checkpoint(tmp_path / name / "sft.pt")
 
 
+def test_a_checkpoint_names_its_chats(tmp_path, init):
+    """evaluate.py asks those that were held out."""
+    val = str(write_sounds(tmp_path / "val.jsonl"))
+    _, state = train(tmp_path, init, "a", epochs=1)
+    assert state["data"] == [str(tmp_path / "data.jsonl"), ""]
+    _, state = train(tmp_path, init, "b", epochs=1, val=val)
+    assert state["data"] == [str(tmp_path / "data.jsonl"), val]
+
+
 def test_samples_that_cannot_be_printed_leave_a_finished_run(tmp_path, init, monkeypatch):
     def fail(*args):
         raise BrokenPipeError

@@ -876,8 +876,8 @@ MUTANTS = [
     Mutant(
         name="ties-are-wins",
         file="data/exam.py",
-        old="[0.5 if g == o else float(g > o) for",
-        new="[float(g >= o) for",
+        old="[0.5 if a == b else float(a > b) for",
+        new="[float(a >= b) for",
         bug="ties count as wins of the new model",
         published="minChatGPT evaluate.py (the new answer is always B)",
         tests="evaluate"),
