@@ -66,11 +66,16 @@ def tensors_of(state):
     return found
 
 
-def save_checkpoint(path, older=None, **state):
-    """Write a checkpoint atomically: a crash or a full disk leaves the old file as it was.
+def older(path):
+    """Return the path that keeps the file that a new one at `path` replaced."""
+    return path.with_name(path.name + ".old")
 
-    older: a path that keeps the previous file. Raises Diverged, and writes nothing, if a number is
-    NaN or infinite: even the very last step of a run may do that.
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint; when it is whole, it replaces the file at `path`, kept as NAME.old.
+
+    A crash or a full disk loses neither. Raises Diverged, and writes nothing, if a number is NaN or
+    infinite: even the very last step of a run may do that.
     """
     path = Path(path)
     if not all(tensor.isfinite().all() for tensor in tensors_of(state)):
@@ -84,8 +89,8 @@ def save_checkpoint(path, older=None, **state):
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            if older and path.exists():
-                os.replace(path, older)   # a kill here leaves only `older`
+            if path.exists():
+                os.replace(path, older(path))   # a kill here leaves only the old one
             os.replace(temporary, path)
         except BaseException as e:
             temporary.unlink(missing_ok=True)
@@ -200,11 +205,13 @@ def ensure_stage(path, stage, cfg, **settings):
     stage: the module, with Config and main; settings: fields of its Config besides the shared ones.
     Raises UserError if that stage was stopped half-way, because a new start would discard it.
     """
-    if path.exists():
-        return
     resume = getattr(cfg, "resume", False)
     state = path.with_suffix(".state")
     name = stage.__name__
+    if path.exists():
+        if state.exists():
+            print(f"{path} is used; a later run of {name}.py stopped before it could replace it")
+        return
     if state.exists() and not resume:
         raise UserError(f"{state}: a run stopped here; continue it with --resume (with "
                         f"its settings: python {name}.py --resume ...), or delete this file")
@@ -286,6 +293,23 @@ def is_state(state):
     return 0 <= state["step"] <= state["n"] and state["log_bytes"] >= 0
 
 
+# The checkpoints of a folder that rest on that of a stage: its weights, or its samples.
+RESTING = {"gpt": ("long/gpt.pt", "sft.pt", "reward.pt", "dpo*.pt", "ppo*.pt", "self_reward/*.pt"),
+           "sft": ("reward.pt", "dpo*.pt", "ppo*.pt"),
+           "reward": ("ppo*.pt",)}
+
+
+def announce_retraining(path):
+    """Say that a finished checkpoint is trained again, and which later ones rest on it."""
+    print(f"{path} is trained again; the old one stays until the new one is whole, and is then "
+          f"{older(path).name}")
+    patterns = RESTING.get(path.stem, ())
+    resting = sorted(made.relative_to(path.parent).as_posix()
+                     for pattern in patterns for made in path.parent.glob(pattern))
+    if resting:
+        print(f"these rest on the old one: {', '.join(resting)}")
+
+
 class Run:
     """One training run in the folder cfg.out, with its log NAME.jsonl and its state NAME.state.
 
@@ -307,7 +331,6 @@ class Run:
         self.step = 0
         self.stop = False
         self.path = folder / f"{name}.state"
-        self.older = folder / f"{name}.state.old"
         self.log_path = folder / f"{name}.jsonl"
         excluded = ("out", "resume", "save_every", "device")
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
@@ -321,19 +344,28 @@ class Run:
         self.saved = self.newest() if cfg.resume else None
         barrier()   # all ranks read before rank 0 writes
         self.resumed = bool(self.saved)
+        made = made or folder / f"{name}.pt"
         if cfg.resume and not self.resumed:
-            made = made or folder / f"{name}.pt"
             if made.exists():
+                again = hasattr(cfg, "init") and name != "reward"   # its --init is a GPT
+                more = f", or train it further with --init {made}" if again else ""
                 raise UserError(f"nothing to resume: {made} is finished; "
-                                f"leave --resume out to train it again")
+                                f"leave --resume out to train it again{more}")
             print(f"nothing to resume in {folder}: {name} starts from the beginning")
         if not cfg.resume and rank() == 0:
+            if made.exists():
+                announce_retraining(made)
+                if self.log_path.exists() and not self.path.exists():   # the log of that checkpoint
+                    os.replace(self.log_path, older(self.log_path))
             if self.path.exists():
                 print(f"discarding {self.path} of an unfinished run; --resume would continue it")
-            self.path.unlink(missing_ok=True)
-            self.older.unlink(missing_ok=True)
+            self.delete_states()
         if world_size() > 1:
             self.synchronise()
+
+    def delete_states(self):
+        self.path.unlink(missing_ok=True)
+        older(self.path).unlink(missing_ok=True)
 
     def synchronise(self):
         """Give all ranks the weights of rank 0, and each rank its own random numbers."""
@@ -348,7 +380,7 @@ class Run:
 
         Raises UserError for changed settings or files.
         """
-        candidates = [path for path in (self.path, self.older) if path.exists()]
+        candidates = [path for path in (self.path, older(self.path)) if path.exists()]
         for path in candidates:
             if path in self.damaged:
                 continue
@@ -396,7 +428,7 @@ class Run:
                 os.fsync(f.fileno())
         log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
         parts = {k: snapshot(v) for k, v in self.parts.items()}
-        save_checkpoint(self.path, self.older, step=self.step, n=n, settings=self.settings,
+        save_checkpoint(self.path, step=self.step, n=n, settings=self.settings,
                         log_bytes=log_bytes, random=random_states(), seconds=self.seconds(),
                         parts=parts)
         self.saved_at = self.step
@@ -505,6 +537,5 @@ class Run:
     def finish(self):
         """Delete the states and unlock the folder; call it after writing the last checkpoint."""
         if rank() == 0:
-            self.path.unlink(missing_ok=True)
-            self.older.unlink(missing_ok=True)
+            self.delete_states()
         unlock(self.path.parent)

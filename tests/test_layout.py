@@ -12,6 +12,7 @@ from tiny import ROOT
 FOLDERS = ["scaffold", "data", "lab", "course", "results", "tests"]
 FILES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+PAGES = ["README.md", *(f"{folder}/README.md" for folder in ("data", "results", "tests"))]
 
 # A module may import modules of a lower number, and modules of its own folder.
 RANKS = {
@@ -120,6 +121,13 @@ def goes_up(source, target):
 def test_no_line_is_longer_than_100_columns(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PAGES])
+def test_no_file_has_the_marks_of_an_unfinished_merge(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    assert [n for n, line in enumerate(lines, 1) if line.startswith(marks)] == []
 
 
 def test_every_module_has_a_rank():

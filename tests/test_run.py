@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 
 import gpt
+import sft
 from data.formats import write_records
 from scaffold.cli import UserError, start
 from scaffold.run import (
@@ -261,7 +262,7 @@ def small(out, kill_at=None, n=20, lr=1e-2, resume=False, save_every=4, nan_at=N
         run.log(step=step, loss=loss.item(), grad_norm=norm, counts=dict(counts), seen=len(seen))
         if step == kill_at:
             raise Killed
-    torch.save(model.state_dict(), Path(out) / "small.pt")
+    save_checkpoint(Path(out) / "small.pt", model=model.state_dict())
     run.finish()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     return weights, (Path(out) / "small.jsonl").read_text()
@@ -440,8 +441,67 @@ def test_resume_without_a_state_starts_from_the_beginning(tmp_path, capsys):
 
 def test_a_finished_run_cannot_be_resumed(tmp_path):
     small(tmp_path)
-    with pytest.raises(UserError, match="is finished"):
+    with pytest.raises(UserError, match="is finished; leave --resume out to train it again$"):
         small(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name, again", {"gpt": True, "sft": True, "reward": False}.items())
+def test_resuming_a_finished_run_names_init_where_it_continues_a_checkpoint(tmp_path, name, again):
+    save_checkpoint(tmp_path / f"{name}.pt")
+    cfg = SimpleNamespace(out=str(tmp_path), save_every=0, resume=True, init="")
+    with pytest.raises(UserError, match="is finished") as e:
+        Run(cfg, name)
+    unlock(tmp_path)
+    assert (f"--init {tmp_path / name}.pt" in str(e.value)) == again
+
+
+def test_training_again_keeps_the_old_checkpoint_and_says_so(whole, tmp_path, capsys):
+    small(tmp_path)
+    old = contents(tmp_path)
+    assert "again" not in capsys.readouterr().out
+    killed(tmp_path, 14, lr=1e-3)
+    assert "small.pt is trained again" in capsys.readouterr().out
+    kept = contents(tmp_path)
+    assert kept["small.pt"] == old["small.pt"]
+    assert kept["small.jsonl.old"] == old["small.jsonl"]
+    small(tmp_path, lr=1e-3, resume=True)
+    kept = contents(tmp_path)
+    assert kept["small.pt"] != old["small.pt"]
+    assert kept["small.pt.old"] == old["small.pt"]
+    assert kept["small.jsonl.old"] == old["small.jsonl"]
+
+
+def test_a_run_that_diverges_keeps_the_old_checkpoint_and_its_log(tmp_path):
+    small(tmp_path)
+    old = contents(tmp_path)
+    with pytest.raises(Diverged):
+        small(tmp_path, nan_at=5)
+    unlock(tmp_path)
+    assert contents(tmp_path)["small.pt"] == old["small.pt"]
+    assert contents(tmp_path)["small.jsonl.old"] == old["small.jsonl"]
+
+
+ALL = ["dpo-ipo.pt", "long/gpt.pt", "ppo.pt", "reward.pt", "self_reward/M2.pt", "sft.pt"]
+
+
+@pytest.mark.parametrize("name, resting", {
+    "gpt": ALL,
+    "sft": ["dpo-ipo.pt", "ppo.pt", "reward.pt"],
+    "reward": ["ppo.pt"],
+    "ppo": [],
+    "dpo-ipo": [],
+}.items())
+def test_training_again_names_the_checkpoints_that_rest_on_the_old_one(
+    tmp_path, capsys, name, resting
+):
+    for file in ["gpt.pt", *ALL]:
+        save_checkpoint(tmp_path / file)
+    Run(SimpleNamespace(out=str(tmp_path), save_every=0, resume=False), name)
+    unlock(tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{name}.pt is trained again" in printed
+    assert ("these rest on" in printed) == bool(resting)
+    assert printed.partition("old one: ")[2].strip() == ", ".join(resting)
 
 
 OTHER_RUNS = {  # settings -> what the error must contain
@@ -466,10 +526,9 @@ def test_a_new_run_reports_that_it_discards_an_unfinished_one(tmp_path, capsys):
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_new_run_keeps_nothing_of_the_one_before(whole, tmp_path, at):
     """Neither its log, even if the new one is killed before it saves again, nor its states."""
-    small(tmp_path)
     killed(tmp_path, 14, lr=1e-3)
     killed(tmp_path, at)
-    assert {p.name for p in tmp_path.iterdir()} == {"small.pt", "small.jsonl", "small.state"}
+    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.state"}
     assert same(small(tmp_path, resume=True), whole)
     killed(tmp_path, 14)
     killed(tmp_path, 2, save_every=0)
@@ -585,7 +644,7 @@ FULL_DISK = """
 import resource
 from scaffold import run
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
-run.save_checkpoint({path!r}, {older!r}, model=list(range(9999)))
+run.save_checkpoint({path!r}, model=list(range(9999)))
 """
 
 
@@ -596,7 +655,7 @@ def test_a_full_disk_loses_neither_state(whole, tmp_path, room):
     newest = tmp_path / "small.state"
     older = tmp_path / "small.state.old"
     before = newest.read_bytes(), older.read_bytes()
-    code = FULL_DISK.format(room=room, path=str(newest), older=str(older))
+    code = FULL_DISK.format(room=room, path=str(newest))
     call = [sys.executable, "-c", code]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
@@ -789,6 +848,15 @@ def test_ensure_stage_runs_only_a_missing_stage(tmp_path, capsys):
     ensure_stage(path, stage, cfg)
     assert len(stage.configs) == 1
     assert capsys.readouterr().out == ""
+
+
+def test_ensure_stage_reports_a_checkpoint_that_a_stopped_run_would_replace(tmp_path, capsys):
+    save_checkpoint(tmp_path / "sft.pt")
+    ensure_stage(tmp_path / "sft.pt", sft, SimpleNamespace())
+    assert not capsys.readouterr().out
+    save_checkpoint(tmp_path / "sft.state")
+    ensure_stage(tmp_path / "sft.pt", sft, SimpleNamespace())
+    assert "a later run of sft.py stopped" in capsys.readouterr().out
 
 
 def test_ensure_stage_takes_a_script_without_resume(tmp_path):
