@@ -16,6 +16,8 @@ UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_ATTRIBUTES = {
     "os.system", "os.popen", "torch.jit.load", "torch.package", "builtins.eval", "builtins.exec"
 }
+# The course's grader runs the functions that students hand in, in a process of their own.
+PURPOSE = {"course/child.py": {"exec", "compile"}}
 UNSAFE_IMPORTS = UNSAFE_BUILTINS | {"load", "system", "popen"}  # from torch, os, numpy, builtins
 
 
@@ -83,7 +85,8 @@ def test_nothing_unpickles_evaluates_or_executes():
     for folder in (ROOT, ROOT / "data", ROOT / "scaffold", ROOT / "lab", ROOT / "course"):
         for path in folder.glob("*.py"):
             name = path.relative_to(ROOT).as_posix()
-            found[name] = unsafe(path.read_text(encoding="utf-8"))
+            places = unsafe(path.read_text(encoding="utf-8"))
+            found[name] = [p for p in places if p[1] not in PURPOSE.get(name, ())]
     assert len(found) > 15
     assert {name: places for name, places in found.items() if places} == {}
 
