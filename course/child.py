@@ -27,6 +27,7 @@ TREE = Path(__file__).resolve().parent.parent
 
 LARGEST = 20_000   # numbers in one output
 MEMORY = 4 * 2**30   # bytes of address space
+WRITTEN = 50 * 2**20   # bytes of a file, printed lines included
 
 
 def find(tree, name):
@@ -150,7 +151,7 @@ def plain(x):
 
 
 def error_of(e, filename):
-    """Describe an exception -> {"error", "line"}; the line is the last one in the student's file."""
+    """Describe an exception -> {"error", "line"}; line is the last in the student's file."""
     frames = traceback.extract_tb(e.__traceback__)
     lines = [f.lineno for f in frames if f.filename == filename]
     message = " ".join(str(e).split())[:300]
@@ -240,11 +241,13 @@ class Watch:
         return changed
 
 
-def limit_memory():
-    """Cap the address space where that is known to work: on Linux, with torch for the CPU."""
-    if sys.platform == "linux" and torch.version.cuda is None:
+def limit_resources():
+    """Cap written files and, where that is known to work, the address space."""
+    if sys.platform != "win32":
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
+        if sys.platform == "linux" and torch.version.cuda is None:
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def main(folder):
@@ -255,7 +258,7 @@ def main(folder):
     for part in job["parts"]:
         importlib.import_module(part["module"])
         probes.of(part["name"], job["seed"])
-    limit_memory()
+    limit_resources()
     watch = Watch([TREE, sys.prefix, sys.base_prefix, Path(torch.__file__).parent.parent])
     sys.addaudithook(watch)
     results.write(json.dumps({"ready": True}) + "\n")

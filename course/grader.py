@@ -70,6 +70,10 @@ def close(a, b, tolerance):
     return a == b or abs(a - b) <= tolerance * (1 + abs(b))
 
 
+def is_error(leaf):
+    return isinstance(leaf, dict) and "error" in leaf
+
+
 def same_leaf(a, b, tolerance):
     if is_numeric(a) and is_numeric(b):
         return (a["shape"] == b["shape"] and len(a["values"]) == len(b["values"])
@@ -145,7 +149,7 @@ def difference(mine, right, tolerance):
     for x, y in zip(a, b):
         if same_leaf(x, y, tolerance):
             continue
-        if isinstance(x, dict) and "error" in x:
+        if is_error(x):
             return f"raises {x['error']}"
         if not (is_numeric(x) and is_numeric(y)):
             return f"gives {brief(x)}, wanted {brief(y)}"
@@ -166,9 +170,9 @@ def brief(leaf):
 def unexplained(outputs, right, wrong, cases):
     """Say what an unknown mistake breaks: NaN, or that padding or neighbours change the result."""
     lines = []
+    broken = {c.name for c in wrong for leaf in leaves(outputs[c.name]) if is_error(leaf)}
     for case in cases:
-        twins = case.twin and same(outputs[case.name], outputs[case.twin], case.tolerance)
-        if case.twin and case in wrong and not twins:
+        if case.twin and case in wrong and case.name not in broken:
             lines.append(f"The result changes with {case.twin_differs}.")
     numbers = [v for case in wrong for leaf in leaves(outputs[case.name]) if is_numeric(leaf)
                for v in leaf["values"]]
@@ -179,6 +183,14 @@ def unexplained(outputs, right, wrong, cases):
     if any("no gradient" in leaves(outputs[c.name]) for c in wrong):
         lines.append("The loss has no gradient.")
     return list(dict.fromkeys(lines))
+
+
+def holds(case, outputs, right):
+    """Is a case right? One with a twin needs the result of the twin, be that right or wrong."""
+    mine = outputs[case.name]
+    failed = any(map(is_error, leaves(mine)))
+    wanted = outputs[case.twin] if case.twin and not failed else right[case.name]
+    return same(mine, wanted, case.tolerance)
 
 
 def judge(part, row, seed):
@@ -200,13 +212,12 @@ def judge(part, row, seed):
     if set(outputs) != {c.name for c in cases} or not all(map(well_formed, outputs.values())):
         found.lines.append("the child process sent something else than results")
         return found
-    wrong = [c for c in cases if not same(outputs[c.name], part["right"][c.name], c.tolerance)]
+    wrong = [c for c in cases if not holds(c, outputs, part["right"])]
     found.wrong = list(dict.fromkeys(c.concept for c in wrong))
     found.right = [c["name"] for c in part["concepts"] if c["name"] not in found.wrong]
     if not wrong:
         return found
-    errors = [leaf for c in wrong for leaf in leaves(outputs[c.name])
-              if isinstance(leaf, dict) and "error" in leaf]
+    errors = [leaf for c in wrong for leaf in leaves(outputs[c.name]) if is_error(leaf)]
     found.line = next((e["line"] for e in errors if e.get("line")), 0)
     if errors and all(e["error"].startswith("NotImplementedError") for e in errors):
         found.lines.append("not solved yet")
@@ -216,6 +227,10 @@ def judge(part, row, seed):
     found.lines.append(f"{wrong[0].name}: "
                        f"{difference(outputs[wrong[0].name], part['right'][wrong[0].name], 1e-4)}")
     explain(found, part, outputs, wrong, cases)
+    core = part["concepts"][0]["name"]   # a stub is right about empty masks and the like
+    if not found.names and all(c in wrong for c in cases if c.concept == core):
+        found.right = []
+        found.wrong = [c["name"] for c in part["concepts"]]
     return found
 
 

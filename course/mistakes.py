@@ -57,7 +57,8 @@ MISTAKES = [
             "    values = torch.where(mask, values, 0).to(dtype)",
             "    rewards.mul_(mask)\n    values = torch.where(mask, values, 0).to(dtype)"),
     Mistake("values-times-mask", "gae", "NaN * 0 is NaN: mask with torch.where",
-            "values = torch.where(mask, values, 0).to(dtype)", "values = (values * mask).to(dtype)"),
+            "values = torch.where(mask, values, 0).to(dtype)",
+            "values = (values * mask).to(dtype)"),
     Mistake("gae-with-gradient", "gae", "a gradient flows through advantages into the critic",
             "@torch.no_grad()   # A is a constant in the loss: its gradient would train V for the "
             "policy's sake\n", ""),
@@ -106,7 +107,7 @@ MISTAKES = [
             "errors = (clipped - returns) ** 2"),
     Mistake("value-not-halved", "value_loss", "the half is missing",
             "return 0.5 * masked_mean(errors", "return masked_mean(errors"),
-    Mistake("value-around-returns", "value_loss", "values are clipped around the returns, not "
-            "around the old values", "old_values + (values - old_values).clamp(-clip, clip)",
-            "returns + (values - returns).clamp(-clip, clip)"),
+    Mistake("value-clip-sign", "value_loss", "the step is subtracted from the old values",
+            "old_values + (values - old_values).clamp(-clip, clip)",
+            "old_values - (values - old_values).clamp(-clip, clip)"),
 ]

@@ -9,7 +9,8 @@
     if __name__ == "__main__":
         start(main, Config, __doc__)    # python script.py --lr 1e-4
 
-Every field of Config becomes a flag, and its trailing comment becomes the help text.
+Every field of Config becomes a flag, and its trailing comment becomes the help text. A field whose
+default is a tuple takes the words without a flag.
 """
 import argparse
 import ast
@@ -90,7 +91,9 @@ def parse(cls, doc, argv=None):
     for f in dataclasses.fields(cls):
         flag = "--" + f.name.replace("_", "-")
         text = f"{texts[f.name]} [{f.default}]".replace("%", "%%")
-        if isinstance(f.default, bool):
+        if isinstance(f.default, tuple):   # the words without a flag
+            parser.add_argument(f.name, nargs="*", default=f.default, help=texts[f.name])
+        elif isinstance(f.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=text)
         else:
