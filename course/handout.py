@@ -1,7 +1,7 @@
 """Makes what students get: the project with some functions cut out, and the grader.
 
-Only files of an allowlist go in, with "\\n" as the line end. Then every file is scanned: no line that
-was removed, and no renamed copy of one, may stand anywhere in the handout. For teachers only.
+Only files of an allowlist go in, with "\\n" as the line end. Then every file is scanned: no line
+that was removed, and no renamed copy of one, may stand anywhere in the handout. For teachers only.
 """
 import builtins
 import io
