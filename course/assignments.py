@@ -55,7 +55,10 @@ class Assignment(NamedTuple):
     finish: str   # the command that ends the assignment
     bands: tuple
     twists: tuple = ()
-    task: str = ""   # for students, where there is nothing to write; {bands} are filled in
+    also: tuple = ()      # (file, function, anchor) to cut because it repeats the solution
+    kind: str = ""        # of assignments without code: prediction or hunt
+    concepts: tuple = ()  # of these
+    task: str = ""        # what students of these read; {k} is filled in
 
 
 SHIFTED = "The loss falls to almost nothing: the model reads each token off. Samples are nonsense."
@@ -161,6 +164,7 @@ A3 = Assignment(
         ), "sampling-with-dropout"),
     ),
     "python chat.py", (),
+    also=(("data/beam.py", "beam_search", "device = "),),   # fills and keeps the cache as generate
 )
 
 A4 = Assignment(
@@ -364,7 +368,7 @@ A8 = Assignment(
 A9 = Assignment(
     "A9", "The rollout", "four models, one distribution", 3, 3,
     (
-        Part("rollout", "ppo.py", {"rollout": "device = "}, (
+        Part("rollout", "ppo.py", {"rollout": "responses = gpt.generate"}, (
             Concept("sampling at temperature 1, to the end token", 3, "Sample a response to each "
                     "prompt", "objective/kl is negative, or responses never end."),
             Concept("the mask", 1, "run all four models on it", PADDING),
@@ -393,6 +397,12 @@ A9 = Assignment(
 A10 = Assignment(
     "A10", "Predict, then run", "over-optimisation of a reward model", 1, 1, (),
     "python ppo.py --beta 0 --name ppo-beta-0 --updates 150", (),
+    kind="prediction",
+    concepts=(
+        Concept("predictions", 2, "", ""),
+        Concept("measured", 3, "", ""),
+        Concept("surprise", 1, "", ""),
+    ),
     task="""Nothing to write: predict, then run. Put your predictions into A10.json before the run:
 
     {"last score": 0.0, "last gold": 0.0, "highest gold": 0.0, "its update": 0, "why": "..."}
@@ -400,7 +410,7 @@ A10 = Assignment(
 for `python ppo.py --beta 0 --name ppo-beta-0 --updates 150`. Then run it and add `"measured"` with
 the same four numbers, means over nine neighbouring updates of out/ppo-beta-0.jsonl, and
 `"surprise"`: what you had not expected, and the samples that show it. `check A10` compares your
-numbers with your own log. Run 100 gave: {bands}.""",
+numbers with your own log.""",
 )
 
 A11 = Assignment(
@@ -493,6 +503,8 @@ A14 = Assignment(
     "A14", "Bug hunt", "diagnosis from logs", 3, 3, (), "python ppo.py",
     (Band("gold of ppo without bugs", "eval", "gold", {"stage": "ppo"}),
      Band("explained variance at the end", "ppo", "val/explained_variance")),
+    kind="hunt",
+    concepts=tuple(Concept(f"bug {n}", 4, "", "") for n in (1, 2, 3)),
     task="""This tree has {k} published bugs in it. Nothing crashes. Train, read the logs, and find
 them. Write A14.json: a list of {k} entries
 

@@ -10,7 +10,9 @@ This keeps honest mistakes and simple tricks apart from the grader. It is no san
 import ast
 import builtins
 import contextlib
+import functools
 import importlib
+import io
 import json
 import math
 import random
@@ -28,6 +30,11 @@ TREE = Path(__file__).resolve().parent.parent
 LARGEST = 20_000   # numbers in one output
 MEMORY = 4 * 2**30   # bytes of address space
 WRITTEN = 50 * 2**20   # bytes of a file, printed lines included
+
+
+@functools.lru_cache(64)
+def parsed(text):
+    return ast.parse(text)
 
 
 def find(tree, name):
@@ -69,7 +76,7 @@ def transplant(module, text, clean, names, filename):
     what running the definitions raises.
     """
     tree = ast.parse(text, filename)
-    ours = ast.parse(clean)
+    ours = parsed(clean)
     helpers = new_in(ours, tree)
     wanted = {}
     for name in names:
@@ -264,10 +271,12 @@ def main(folder):
     results.write(json.dumps({"ready": True}) + "\n")
     for part in job["parts"]:
         watch.found.clear()
+        printed = io.StringIO()
         watch.active = True
-        outputs = run_part(part, job["files"][part["file"]], part["clean"], job["seed"],
-                           part["file"])
+        with contextlib.redirect_stdout(printed):
+            outputs = run_part(part, job["files"][part["file"]], part["clean"], job["seed"],
+                               part["file"])
         watch.active = False
         row = {"part": part["name"], "outputs": outputs, "refused": list(watch.found),
-               "changed": watch.changes()}
+               "changed": watch.changes(), "printed": printed.getvalue()[:1000]}
         results.write(json.dumps(row) + "\n")

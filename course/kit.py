@@ -103,7 +103,7 @@ def report(name, found):
     some = found.wrong and found.right
     lines = [f"{head}   ({', '.join(marks)})" if some else head]
     lines += [f"     {line}" for line in found.lines]
-    if found.printed.strip():
+    if found.wrong and found.printed.strip():
         lines.append(f"     printed: {found.printed.strip()[:500]}")
     return lines
 
@@ -172,6 +172,9 @@ def hint(names, cfg):
                 continue
             concept = next(c for c in found.part["concepts"] if c["name"] in found.wrong)
             print(f"{name} {found.part['name']}: {concept['name']}")
+            if not found.part["functions"]:
+                print("\n".join(f"     {line}" for line in found.lines))
+                continue
             steps = [found.lines[:1], found.lines[1:] or ["no known mistake gives this result"],
                      [f"in training: {concept['shows']}"], [f"docstring: \"{concept['line']}\""]]
             for step in steps[:cfg.level + 1]:

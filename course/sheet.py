@@ -8,6 +8,7 @@ known mistake and each pair of them. It holds no code of the solution.
 """
 import ast
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -18,8 +19,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from course import child, grader
-from course.assignments import ASSIGNMENTS
+from course import child, grader, tasks
+from course.assignments import ASSIGNMENTS, HUNT
 from course.mistakes import MISTAKES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,15 +67,20 @@ def clean_files(names):
     """Cut the functions of these assignments -> ({file: text}, [removed texts])."""
     clean, removed = {}, []
     for name in names:
-        for part in ASSIGNMENTS[name].parts:
+        a = ASSIGNMENTS[name]
+        for part in a.parts:
             for function, anchor in part.cuts.items():
                 text = clean.get(part.file) or reference(part.file)
                 message = f"{name}: python course/kit.py check {name}"
                 clean[part.file], gone = cut(text, function, anchor, message)
                 removed.append(gone)
+        for file, function, anchor in a.also:
+            message = f"not part of this handout: it would show what {name} asks for"
+            clean[file], _ = cut(reference(file), function, anchor, message)
     return clean, removed
 
 
+@functools.cache
 def mutants():
     """Return the zoo of published bugs -> {name: Mutant}."""
     return {m.name: m for m in runpy.run_path(str(ROOT / "tests" / "zoo.py"))["MUTANTS"]}
@@ -182,6 +188,46 @@ def first_advantage():
     return "the first advantage at lambda 0, .95 and 1: " + ", ".join(row.groups())
 
 
+def exploited():
+    """Return the numbers of A10 in the published run, in words."""
+    [rows] = rows_of("ppo-beta-0").values()
+    found = tasks.measured([row for row in rows if "objective/gold" in row])
+    return ", ".join(f"{name} {x:.2f}" if name != "its update" else f"{name} {x}"
+                     for name, x in found.items())
+
+
+def hunted(student, seed, k):
+    """Draw the bugs of a student's hunt -> ({file: text with bugs}, [hashes of the lines of each]).
+
+    Without a student, all of a class hunt the same bugs.
+    """
+    rng = random.Random(f"{seed if student else 0} hunt {student}")
+    files, marks = {}, []
+    for name in rng.sample(HUNT, len(HUNT)):
+        m = mutants()[name]
+        text = files.get(m.file) or reference(m.file)
+        if len(marks) < k and apply(m, text) and m.file not in files:   # lines must not move
+            files[m.file] = apply(m, text)
+            first = text[:text.index(m.old)].count("\n") + 1
+            last = first + m.new.rstrip("\n").count("\n")
+            marks.append([tasks.place(student, m.file, n) for n in range(first, last + 1)])
+    return files, marks
+
+
+def without_code(a, student, seed):
+    """Return the assignment's dictionary beyond what all have: its task, and its one part."""
+    part = {"name": a.name, "file": f"{a.name}.json", "kind": a.kind, "functions": [],
+            "concepts": [c._asdict() for c in a.concepts]}
+    k = len(a.concepts)
+    found = {"parts": [part], "student": student,
+             "task": a.task.replace("{k}", str(k))}
+    if a.kind == "prediction":
+        found["numbers"] = [f"the published run: {exploited()}"]
+    else:
+        found["hunt"] = hunted(student, seed, k)[1]
+    return found
+
+
 def make(names, seed=0, student="", twist_seed=0, pairs=True):
     """Make the sheet of some assignments; with a student, those that have twists are changed."""
     sheet = {"seed": seed, "clean": clean_files(list(ASSIGNMENTS))[0], "assignments": {}}
@@ -196,5 +242,7 @@ def make(names, seed=0, student="", twist_seed=0, pairs=True):
         sheet["assignments"][name] = {
             "title": a.title, "goal": a.goal, "level": a.level, "hours": a.hours,
             "finish": a.finish, "numbers": numbers, "twist": twist["says"] if twist else "",
-            "parts": parts}
+            "task": "", "parts": parts}
+        if a.kind:
+            sheet["assignments"][name] |= without_code(a, student, twist_seed)
     return sheet
