@@ -4,6 +4,7 @@ Only files of an allowlist go in, with "\\n" as the line end. Then every file is
 that was removed, and no renamed copy of one, may stand anywhere in the handout. For teachers only.
 """
 import builtins
+import functools
 import io
 import json
 import keyword
@@ -20,8 +21,8 @@ ALLOWED = ["LICENSE", "conftest.py", "gpt.py", "sft.py", "reward.py", "gae.py", 
            "evaluate.py", "self_instruct.py", "self_reward.py", "tools.py", "chat.py", "data/*.py",
            "data/tokenizer.json", "data/README.md", "scaffold/*.py", "lab/instruction_quality.py",
            "lab/judge_quality.py", "course/kit.py", "course/grader.py", "course/child.py",
-           "course/probes.py", "course/tasks.py", "tests/tiny.py", "tests/test_tokenizer.py", "tests/test_table.py",
-           "tests/test_encodings.py"]
+           "course/probes.py", "course/tasks.py", "tests/tiny.py", "tests/test_tokenizer.py",
+           "tests/test_table.py", "tests/test_encodings.py"]
 # Statements of the solution that other code in the handout has for reasons of its own.
 IDIOMS = {"for layer , kv in enumerate ( self . kv ) :",
           "starts = torch . tensor ( [ len ( p ) for p in prompts ] , device = device )",
@@ -90,6 +91,7 @@ python3 course/kit.py grade /autograder/submission --gradescope /autograder/resu
 '''
 
 
+@functools.lru_cache(1024)   # the files that no assignment changes are scanned once
 def code_lines(text):
     """Return the lines of a program without comments and outer blanks."""
     comments = {}
@@ -103,6 +105,7 @@ def code_lines(text):
     return [" ".join(line[:comments.get(n)].split()) for n, line in enumerate(lines, 1)]
 
 
+@functools.lru_cache(1024)
 def renamed(text):
     """Return the statements of a program with their variables numbered by appearance.
 

@@ -16,6 +16,7 @@ For teachers, in a clone:
     python course/kit.py grade FOLDER A4-A9 --seed 7            a folder of submissions -> CSV
     python course/kit.py grade FOLDER A4-A9 --seed 7 --twists   each with its student's twists
     python course/kit.py autograder ZIP A4-A9 --seed 7          for Gradescope
+    python course/kit.py table                                  write the table of course/README.md
 
 Exit code 0 if all public checks passed, 1 if not. Submitted code runs in a process of its own with
 limits on time and memory. That is no sandbox: see course/README.md.
@@ -38,7 +39,7 @@ from course import grader
 from scaffold.cli import UserError, require, start
 
 HANDOUT = ROOT / "course" / "handout.json"
-COMMANDS = ("list", "check", "hint", "watch", "handout", "grade", "autograder")
+COMMANDS = ("list", "check", "hint", "watch", "handout", "grade", "autograder", "table")
 
 
 @dataclass
@@ -288,7 +289,7 @@ def make_handout(out, names, cfg):
     from course import handout   # lazy: a handout does not have it
     handout.write(out, names, student=cfg.student, twist_seed=cfg.seed)
     print(f"{out}: {', '.join(names)}; next: hand out the folder, then "
-          f"python course/kit.py grade FOLDER {names[0]}-{names[-1]} --seed PRIVATE")
+          f"python course/kit.py grade FOLDER {' '.join(names)} --seed PRIVATE")
 
 
 def make_autograder(out, names, cfg):
@@ -302,6 +303,17 @@ def make_autograder(out, names, cfg):
     finally:
         shutil.rmtree(folder)
     print(f"{out}: upload it to Gradescope as the autograder of a programming assignment")
+
+
+def write_table():
+    """Write the table of assignments, with numbers of results/, between its marks in README.md."""
+    if HANDOUT.exists():
+        raise UserError("this is a handout; its README has the table")
+    from course import sheet
+    path = ROOT / "course" / "README.md"
+    head, rest = path.read_text(encoding="utf-8").split(sheet.BEGIN)
+    write_whole(path, head + sheet.BEGIN + "\n" + sheet.table() + sheet.END
+                + rest.split(sheet.END)[1])
 
 
 def main(cfg):
@@ -321,6 +333,8 @@ def main(cfg):
     elif command == "check":
         if not check(chosen(rest), cfg):
             sys.exit(1)
+    elif command == "table":
+        write_table()
     elif command == "hint":
         hint(chosen(rest), cfg)
     else:

@@ -26,6 +26,10 @@ from course.mistakes import MISTAKES
 ROOT = Path(__file__).resolve().parent.parent
 
 
+BEGIN = "<!-- assignments: made by kit.py table -->"
+END = "<!-- end of assignments -->"
+
+
 class Change(NamedTuple):
     """A known mistake: one change of the reference."""
     name: str
@@ -221,11 +225,34 @@ def without_code(a, student, seed):
     k = len(a.concepts)
     found = {"parts": [part], "student": student,
              "task": a.task.replace("{k}", str(k))}
-    if a.kind == "prediction":
-        found["numbers"] = [f"the published run: {exploited()}"]
-    else:
+    if a.kind == "hunt":
         found["hunt"] = hunted(student, seed, k)[1]
     return found
+
+
+def numbers_of(a):
+    """Return the numbers that end an assignment, in words."""
+    numbers = [band_text(band) for band in a.bands]
+    if a.name == "A7":
+        numbers.append(first_advantage())
+    if a.kind == "prediction":
+        numbers.append(f"the published run: {exploited()}")
+    return numbers
+
+
+def table():
+    """Return the assignments as a Markdown table, for teachers."""
+    lines = ["| | functions | goal | level | hours | points | mistakes it names | twist | "
+             "numbers at the end |", "|---|---|---|---|---|---|---|---|---|"]
+    for a in ASSIGNMENTS.values():
+        functions = ", ".join(f"`{name}`" for part in a.parts for name in part.cuts)
+        concepts = [c for part in a.parts for c in part.concepts] + list(a.concepts)
+        named = sum(len(changes_of(part)) for part in a.parts)
+        cells = [f"{a.name} {a.title}", functions or "none", a.goal, a.level, a.hours,
+                 sum(c.points for c in concepts), named or "-",
+                 ", ".join(t.name for t in a.twists) or "-", "; ".join(numbers_of(a)) or "-"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def make(names, seed=0, student="", twist_seed=0, pairs=True):
@@ -236,12 +263,9 @@ def make(names, seed=0, student="", twist_seed=0, pairs=True):
         twist = drawn_twist(a, student, twist_seed)
         parts = [answered(p, seed, twist if twist and twist["part"] == p.name else None, pairs)
                  for p in a.parts]
-        numbers = [band_text(b) for b in a.bands]
-        if name == "A7":
-            numbers.append(first_advantage())
         sheet["assignments"][name] = {
             "title": a.title, "goal": a.goal, "level": a.level, "hours": a.hours,
-            "finish": a.finish, "numbers": numbers, "twist": twist["says"] if twist else "",
+            "finish": a.finish, "numbers": numbers_of(a), "twist": twist["says"] if twist else "",
             "task": "", "parts": parts}
         if a.kind:
             sheet["assignments"][name] |= without_code(a, student, twist_seed)
