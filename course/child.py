@@ -159,8 +159,8 @@ def plain(x):
 
 def error_of(e, filename):
     """Describe an exception -> {"error", "line"}; line is the last in the student's file."""
-    frames = traceback.extract_tb(e.__traceback__)
-    lines = [f.lineno for f in frames if f.filename == filename]
+    frames = traceback.walk_tb(e.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == filename]
     message = " ".join(str(e).split())[:300]
     line = lines[-1] if lines else getattr(e, "lineno", None) or 0
     return {"error": f"{type(e).__name__}: {message}", "line": line}
@@ -266,7 +266,8 @@ def main(folder):
         importlib.import_module(part["module"])
         probes.of(part["name"], job["seed"])
     limit_resources()
-    watch = Watch([TREE, sys.prefix, sys.base_prefix, Path(torch.__file__).parent.parent])
+    # A SyntaxError looks for its file in the current folder.
+    watch = Watch([folder, TREE, sys.prefix, sys.base_prefix, Path(torch.__file__).parent.parent])
     sys.addaudithook(watch)
     results.write(json.dumps({"ready": True}) + "\n")
     for part in job["parts"]:

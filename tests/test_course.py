@@ -254,7 +254,8 @@ HOSTILE = {
                    "two scores: yours inf, wanted"),
     "parse_score": ("raise SystemExit(0)", "one score: raises SystemExit: 0"),
     "predicted": ("raise NotImplementedError('no')", "not solved yet"),
-    "choose_pairs": ("return torch.zeros(10**6)", "all: raises a result of 1,000,000 numbers"),
+    "mean_and_ci": ("return torch.zeros(10**6), 0",
+                    "nine values: raises a result of 1,000,000 numbers"),
 }
 
 
@@ -354,13 +355,17 @@ def test_no_handout_leaks(names, sheet0):
 def test_a_planted_leak_is_found(planted):
     _, removed = sheet.clean_files(["A7"])
     name = "data/x.json" if planted.startswith("{") else "data/x.py"
-    assert len(handout.leaks({name: planted}, removed)) == 1
+    assert handout.leaks({name: planted}, removed)
     assert handout.leaks({"x.py": "y = torch.where(mask, x, 0)\n"}, removed) == []
 
 
 def test_a_handout_with_a_leak_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(handout, "ALLOWED", [*handout.ALLOWED, "tests/zoo.py"])
-    with pytest.raises(UserError, match="it would hold parts of the solution: tests/zoo.py"):
+    zoo = (ROOT / "tests" / "zoo.py").read_text(encoding="utf-8")
+    assert handout.leaks({"zoo.py": zoo}, sheet.clean_files(["A7"])[1])
+    files_of = handout.files_of
+    lines = sheet.reference("data/exam.py")
+    monkeypatch.setattr(handout, "files_of", lambda *a: files_of(*a) | {"tests/x.py": lines})
+    with pytest.raises(UserError, match="it would hold parts of the solution: tests/x.py"):
         handout.write(tmp_path / "h", ["A12"])
     assert not (tmp_path / "h").exists()
 
