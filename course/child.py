@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import math
+import os
 import random
 import sys
 import traceback
@@ -121,12 +122,12 @@ def in_place(module, namespace, functions, stand_ins):
                 setattr(cls, method, function)
         else:
             put(module, name, function)
-    folders = (None, "data", "scaffold")
-    for other in list(sys.modules.values()):
-        file = getattr(other, "__file__", None)
-        inside = file and Path(file).parent in [TREE / (f or "") for f in folders]
-        for name, value in stand_ins.items():
-            if inside and hasattr(other, name):
+    folders = {str(TREE), str(TREE / "data"), str(TREE / "scaffold")}
+    ours = [m for m in list(sys.modules.values()) if stand_ins
+            and os.path.dirname(getattr(m, "__file__", None) or "") in folders]
+    for name, value in stand_ins.items():
+        for other in ours:
+            if hasattr(other, name):
                 put(other, name, value)
     namespace.update({n: v for n, v in stand_ins.items() if n in namespace})
     try:
@@ -168,7 +169,7 @@ def error_of(e, filename):
 
 def run(case, function, filename=""):
     """Run one case of a probe -> JSON. An exception is a result, too."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     random.seed(0)
     try:
         return plain(case.run(function))

@@ -176,8 +176,8 @@ def hint(names, cfg):
             if not found.part["functions"]:
                 print("\n".join(f"     {line}" for line in found.lines))
                 continue
-            steps = [found.lines[:1], found.lines[1:] or ["no known mistake gives this result"],
-                     [f"in training: {concept['shows']}"], [f"docstring: \"{concept['line']}\""]]
+            steps = [found.lines[:1], found.lines[1:], [f"in training: {concept['shows']}"],
+                     [f"docstring: \"{concept['line']}\""]]
             for step in steps[:cfg.level + 1]:
                 print("\n".join(f"     {line}" for line in step))
 

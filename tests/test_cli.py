@@ -43,6 +43,21 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def test_a_field_with_a_tuple_takes_the_words_without_a_flag(capsys):
+    @dataclasses.dataclass
+    class Config:
+        words: tuple = ()   # what to do, with which files
+        level: int = 2      # how much
+
+    assert parse(Config, "", []) == Config()
+    assert parse(Config, "", ["check", "a.py", "--level", "3"]) == Config(["check", "a.py"], 3)
+    with pytest.raises(UserError, match="unknown flag --lvel; did you mean --level"):
+        parse(Config, "", ["check", "--lvel", "3"])
+    with pytest.raises(SystemExit):
+        parse(Config, "", ["--help"])
+    assert "what to do, with which files" in capsys.readouterr().out
+
+
 def squeeze(text):
     """Remove all white space: argparse breaks lines, also after a hyphen."""
     return "".join(text.split())
