@@ -13,6 +13,7 @@ import time
 import pytest
 
 from results import figures, keep, make
+from scaffold import record
 from scaffold.cli import UserError, parse
 from tiny import ROOT
 
@@ -251,18 +252,18 @@ def test_the_first_line_names_no_machine_and_no_place():
     ("README.md", False),
 ])
 def test_dirty_means_that_the_code_differs_from_the_commit(tmp_path, monkeypatch, path, dirty):
-    monkeypatch.setattr(keep, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / path).write_text("1")
     assert keep.header(100, "")["commit"] is None        # no repository yet
     for command in ("init", "add .", "-c user.name=a -c user.email=a commit -m a"):
-        assert keep.git(*command.split()).returncode == 0
+        assert record.git(*command.split()).returncode == 0
     (tmp_path / "notes").write_text("untracked")
     assert not keep.header(100, "")["dirty"]
     (tmp_path / path).write_text("2")
     first = keep.header(100, "")
     assert first["dirty"] == dirty
-    assert keep.git("rev-parse", first["commit"]).returncode == 0
+    assert record.git("rev-parse", first["commit"]).returncode == 0
 
 
 # make.py: the steps

@@ -528,7 +528,7 @@ def test_a_new_run_keeps_nothing_of_the_one_before(whole, tmp_path, at):
     """Neither its log, even if the new one is killed before it saves again, nor its states."""
     killed(tmp_path, 14, lr=1e-3)
     killed(tmp_path, at)
-    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.state"}
+    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.run.json", "small.state"}
     assert same(small(tmp_path, resume=True), whole)
     killed(tmp_path, 14)
     killed(tmp_path, 2, save_every=0)
@@ -637,7 +637,7 @@ def test_ctrl_c_in_the_last_step_lets_the_run_finish(tmp_path):
 
 def test_save_every_0_leaves_no_state(tmp_path):
     killed(tmp_path, 9, save_every=0)
-    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.run.json"}
 
 
 FULL_DISK = """
