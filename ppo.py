@@ -40,6 +40,7 @@ import reward
 import sft
 from data import corpus
 from data.formats import load_grader, load_prompts, mean_grade
+from data.rollouts import write_rollout
 from data.text import checkpoint_text, draw_rows, pad, predicted, text_files
 from data.tokenizer import end_of, fingerprint
 from scaffold.cli import RunConfig, UserError, check_name, pick_device, require, run_folder, start
@@ -76,7 +77,7 @@ class Config(RunConfig):
     max_new_tokens: int = 48     # longest response
     offline: bool = False        # sample from the SFT model instead; metrics are of its samples
     gold: str = "data.village:gold"   # module:function, the true grade of a response; logged only
-    table: bool = True           # end with the results table of evaluate.py
+    table: bool = True           # end with evaluate.py's table and the page of lab/report.py
     save_every: int = 5          # updates between saves of the training state; 0: on Ctrl-C only
 
 
@@ -307,6 +308,8 @@ def main(cfg):
             row["objective/gold"] = mean_grade(gold, batch, texts)
         run.log(**row)
         warn_once(run, row, state, cfg)
+        write_rollout(out / f"{cfg.name}-rollout.jsonl", b, rewards, advantages, batch, enc, gold,
+                      update=update, beta=state["beta"])
         if cfg.target_kl and update > cfg.value_warmup:   # the policy had moved before this rollout
             kl = row["objective/kl"]
             state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
@@ -323,7 +326,10 @@ def main(cfg):
     if village and gold and cfg.table:
         import evaluate   # lazy: a later stage, which only the closing table needs
         print("--- on prompts of users that no stage has seen")
-        evaluate.main(evaluate.Config(out=cfg.out, device=cfg.device))
+        evaluate.main(evaluate.Config(out=cfg.out, device=cfg.device, save=str(out / "eval.jsonl")))
+    if cfg.table and world_size() == 1:
+        from lab import report   # lazy, as above: the page shows what all stages left
+        report.after_training(cfg)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,308 @@
+"""One page about a run, OUT/report.html: is it healthy, what did it learn, what was a token paid?
+
+ppo.py writes it at its end. For any folder, finished or not, with or without grades:
+
+    python lab/report.py                                    the page of ./out
+    python lab/report.py --out out/mine --name ppo-beta-0   another folder, another run of PPO
+    python lab/report.py --tensorboard runs                 copy the logs of OUT instead, see
+    python lab/report.py --csv                              lab/replay.py
+    python lab/report.py --wandb
+
+The page needs no network and no script, and prints well. It shows what the folder has: the logs
+(gpt, sft, reward, dpo, NAME).jsonl, their .run.json, the last rollout NAME-rollout.jsonl, the table
+eval.jsonl (made by: python evaluate.py --save OUT/eval.jsonl), and scores by OUT/reward.pt.
+
+Behind the charts of a run with the default settings stands the range of the published runs,
+results/ppo-seed*.jsonl, in grey. A healthy run leaves the range of five others about a third of the
+time, for a short while; look at how far and how long.
+
+Five seconds. Read next: charts.py (how it is drawn), tokens.py (the token view).
+"""
+import contextlib
+import io
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.exam import COLUMNS
+from data.text import write_text
+from lab.charts import Line, Panel, chart, escape, facts, interval, page, table
+from lab.replay import replay
+from lab.run_files import (
+    band, end_rate, entropy, found_warnings, missing_band, published, read_files, series)
+from lab.samples import reward_section, sample_sections
+from scaffold.cli import BaseConfig, UserError, brief, pick_device, run_folder, start
+from scaffold.record import ROOT
+from scaffold.table import cell
+
+
+@dataclass
+class Config(BaseConfig):
+    name: str = "ppo"            # the run of PPO to show, by its --name
+    csv: bool = False            # write OUT/csv/*.csv instead of the page
+    tensorboard: str = ""        # write TensorBoard's event files below this folder instead
+    wandb: bool = False          # send the logs to Weights & Biases instead; needs wandb
+
+
+# Title, unit, the warnings that belong to it, its panels of lines (key, name, format, kind), least.
+CHARTS = [
+    ("Score and gold", "mean per response", ["scores"],
+     [[("objective/scores", "score", ".2f", "b"), ("objective/gold", "gold", ".2f", "a")]], None),
+    ("KL to sft", "nats per response", ["kl", "kl below 0"],
+     [[("objective/kl", "KL", ".2f", "a")]], 0),
+    ("Entropy", "nats per token", ["entropy"], [[(entropy, "entropy", ".2f", "a")]], 0),
+    ("Clip fraction", "share of the ratios", ["clip", "ratio"],
+     [[("policy/clipfrac_avg", "clipped", ".1%", "a")]], 0),
+    ("Explained variance", "of the critic; 1 is perfect", ["value"],
+     [[("val/explained_variance", "explained", ".2f", "a")]], None),
+    ("Length and end rate", "tokens; share of the responses", ["length"],
+     [[("objective/length", "tokens", ".1f", "a")], [(end_rate, "ended", ".0%", "b")]], None),
+]
+
+
+def chart_section(files, found):
+    """Draw the log of PPO."""
+    reason = missing_band(files)
+    theirs = [] if reason else published()
+    figures = []
+    for title, unit, names, panels, least in CHARTS:
+        drawn = []
+        for lines in panels:
+            made = [Line(series(files.rows, key), name, form, kind)
+                    for key, name, form, kind in lines]
+            bands = [band(theirs, key) for key, *_ in lines]
+            percent = lines[0][2].endswith("%")
+            drawn.append(Panel(made, bands, 150 if len(panels) == 1 else 68,
+                               ".0%" if percent else "g", least))
+        marks = [found[name][1][0] for name in names if name in found]
+        figures.append(chart(title, unit, drawn, "update", marks))
+    grey = (f"No published runs behind the lines: {reason}." if reason else
+            "Grey: the range of the published runs, seeds 100 to 104, with the same settings. A "
+            "healthy run leaves the range of five others about a third of the time, but not far.")
+    return [f"<h2>Update by update</h2><p class=\"soft\">{escape(grey)}</p>",
+            f'<div class="grid">{"".join(figures)}</div>']
+
+
+def verdict(files, found):
+    """Return the run in one or two sentences, as HTML."""
+    if not files.rows:
+        return f"No update of PPO yet: this folder has {escape(', '.join(files.logs))}."
+    table_of = {row["stage"]: row for row in files.table if "stage" in row}
+    ours, sft_row = table_of.get(files.name, {}), table_of.get("sft", {})
+    first, last = files.rows[0], files.rows[-1]
+    steps = files.records.get(files.name, {}).get("steps", len(files.rows))
+    done = f"Stopped after {len(files.rows)} of {steps} updates. " if steps > len(files.rows) else ""
+    if None not in (ours.get("gold"), sft_row.get("gold")) and not files.stale and not done:
+        text = (f"On {ours['n']} prompts of new users, {files.name} has gold "
+                f"<b>{ours['gold']:.2f}</b> where sft has <b>{sft_row['gold']:.2f}</b>, and wins "
+                f"{ours['win_rate_vs_sft']:.0%} of the pairs")
+        kl = ours["kl_to_sft"]
+    else:
+        both = [(name, first.get(f"objective/{key}"), last.get(f"objective/{key}"))
+                for name, key in (("the score", "scores"), ("gold", "gold"))]
+        moved = [f"{name} goes from {a:.2f} to <b>{b:.2f}</b>" for name, a, b in both
+                 if None not in (a, b)]
+        text = f"{done}In {len(files.rows)} updates {' and '.join(moved) or 'no score is logged'}"
+        kl = last.get("objective/kl")
+    distance = f", at a KL of <b>{kl:.1f}</b> nats per response" if kl is not None else ""
+    if not found:
+        return f"{text}{distance}; no warnings."
+    kinds = f"{len(found)} warning{'s' if len(found) > 1 else ''}"
+    return f'{text}{distance}; <span class="bad">{kinds}</span>.'
+
+
+def about(files):
+    """Return what one must know to make this run again."""
+    record = files.records.get(files.name) or next(iter(files.records.values()), None)
+    if not record:
+        return ['<p class="soft">How this run was started is not recorded: an older version made '
+                'it, or only its logs are here.</p>']
+    commit = record.get("commit") or "unknown"
+    if record.get("dirty"):
+        commit += ", with changes"
+    minutes = {stage: r["seconds"] / 60 for stage, r in files.records.items() if r.get("seconds")}
+    times = ", ".join(f"{stage} {m:.1f}" for stage, m in minutes.items())
+    changed = []
+    for stage, r in files.records.items():
+        flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in r["changed"].items())
+        if flags:
+            changed.append(f"{stage}: <code>{escape(flags)}</code>")
+    absent = [s for s in ("gpt", "sft", "reward") if s not in files.records]
+    if absent:
+        changed.append(f"not recorded: {', '.join(absent)}")
+    inputs = [f"<code>{escape(path)}</code> {escape(crc)}" for path, crc in record["inputs"].items()]
+    device = record.get("device", "")
+    if record.get("processes", 1) > 1:
+        device += f", {record['processes']} processes"
+    return [facts([
+        ("command", f"<code>{escape(record['command'])}</code>"),
+        ("commit", escape(commit)), ("seed", escape(record.get("seed"))),
+        ("device", escape(device)),
+        ("minutes", f"{sum(minutes.values()):.1f} ({escape(times)})" if minutes else ""),
+        ("settings other than the defaults", "; ".join(changed) or "none"),
+        ("inputs, with checksums", ", ".join(inputs))])]
+
+
+def readings(rows):
+    """Return {metric: (this run's numbers, whether they are healthy)} for README's table."""
+    first, last = rows[0], rows[-1]
+
+    def values(key, start=0):
+        return [v for _, v in series(rows[start:], key)] or [math.nan]
+
+    def change(key, form=".2f"):
+        a, b = first.get(key), last.get(key)
+        return f"{cell(a, form)} to {cell(b, form)}", None not in (a, b) and b > a
+
+    ratio = max(values("val/ratio_first"), key=lambda v: abs(v - 1))
+    kl, clipped = values("objective/kl"), values("policy/clipfrac_avg")
+    explained = values("val/explained_variance", 10)
+    mean = sum(explained) / len(explained)
+    ended = end_rate(last)
+    tokens = [entropy(row) or math.nan for row in (first, last)]
+    score, score_rises = change("objective/scores")
+    gold, gold_rises = change("objective/gold")
+    graded = last.get("objective/gold") is not None
+    return {
+        "val/ratio_first": (f"farthest {ratio:.6f}", abs(ratio - 1) < 1e-3),
+        "objective/kl": (f"{kl[0]:.2f} to {kl[-1]:.2f}, highest {max(kl):.2f}",
+                         abs(kl[0]) < 0.5 and max(kl) < 10),
+        "objective/entropy": (f"{change('objective/entropy')[0]}; per token {tokens[0]:.2f} to "
+                              f"{tokens[1]:.2f}", tokens[1] > 0.2 * tokens[0]),
+        "policy/clipfrac_avg": (f"last {clipped[-1]:.1%}, highest {max(clipped):.1%}",
+                                max(clipped) < 0.2),
+        "val/explained_variance": (f"mean {mean:.2f} after ten updates, last {explained[-1]:.2f}",
+                                   mean > 0.5),
+        "val/num_eos_tokens": (f"{last.get('val/num_eos_tokens')}, {cell(ended, '.1%')} of the "
+                               f"rollout", ended is not None and ended > 0.95),
+        "objective/scores": (f"score {score}; gold {gold if graded else 'unknown'}",
+                             score_rises and (gold_rises or not graded)),
+    }
+
+
+def health_section(files, found):
+    """List the warnings, and README's table of healthy values beside this run's."""
+    parts = ["<h2>Is it healthy?</h2>"]
+    for text, updates in found.values():
+        more = f", and {len(updates) - 1} more times" if len(updates) > 1 else ""
+        parts.append(f'<p><span class="bad">Update {updates[0]}{more}:</span> {escape(text)}</p>')
+    if not found:
+        parts.append("<p>ppo.py warned of nothing.</p>")
+    own = readings(files.rows)
+    page_text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = []
+    for metric, healthy, advice in re.findall(r"^\| (`\w+/.+) \| (.+) \| (.+) \|$", page_text, re.M):
+        numbers, good = own.get(re.match("`(.+?)`", metric)[1], ("-", True))
+        sign = "healthy" if good else '<span class="bad">look here</span>'
+        rows.append([code(metric), code(healthy), escape(numbers), sign, code(advice)])
+    return [*parts, table(["metric", "healthy", "this run", "", "if not"], rows)]
+
+
+def code(markdown):
+    """Turn Markdown's `code` into HTML."""
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(markdown))
+
+
+def losses(rows):
+    """Return the lines of a stage's log: training loss, as means of 20 steps, and held-out loss."""
+    step, train, held_out = 0, [], []
+    for row in rows:
+        step = row.get("step", step)
+        if row.get("loss") is not None:
+            train.append((step, row["loss"]))
+        value = row.get("val_loss", row.get("eval_loss"))
+        if value is not None:
+            held_out.append((step, value))
+    blocks = [train[i:i + 20] for i in range(0, len(train), 20)]
+    means = [(b[-1][0], sum(v for _, v in b) / len(b)) for b in blocks]
+    return [Line(means, "train", ".2f", "b"), Line(held_out, "held out", ".2f", "a")]
+
+
+def stage_section(files):
+    """Show evaluate.py's table with intervals as bars, and the losses of the other stages."""
+    parts = ["<h2>Stage by stage</h2>"]
+    rows = [row for row in files.table if row.get("stage") not in (None, "reward")]
+    if files.stale:
+        parts.append(f'<p class="bad">This table is older than {escape(files.name)}.pt.</p>')
+    if rows:
+        n = rows[0].get("n")
+        parts.append(f'<p class="soft">{n} held-out prompts; bars are 95% intervals.</p>')
+        columns = {head: c for head, c in COLUMNS.items() if any(r.get(c[0]) is not None
+                                                                 for r in rows)}
+        heads, keys = [], []
+        for head, (key, form) in columns.items():
+            if key.endswith("_ci"):   # drawn with the value before it
+                keys[-1] = (*keys[-1][:2], key)
+            else:
+                heads.append(head)
+                keys.append((key, form, None))
+        lines = [[stage_cell(row, rows, *k) for k in keys] for row in rows]
+        parts.append(table(heads, lines, numbers=[i for i, k in enumerate(keys) if i and not k[2]]))
+    else:
+        parts.append(f"<p>No table yet: <code>python evaluate.py --out {escape(files.out)} --save "
+                     f"{escape(files.out / 'eval.jsonl')}</code></p>")
+    curves = [chart(f"{stage}.py", "loss; train: means of 20 steps",
+                    [Panel(losses(stage_rows), (), 110)], "step")
+              for stage, stage_rows in files.logs.items()]
+    return [*parts, f'<div class="grid">{"".join(curves)}</div>']
+
+
+def stage_cell(row, rows, key, form, half):
+    """Return a cell of the table of stages; half: the key of the interval, or None."""
+    value = row.get(key)
+    text = escape(cell(value, form))
+    if half is None or value is None:
+        return text
+    ends = [r[key] + sign * (r.get(half) or 0) for r in rows if r.get(key) is not None
+            for sign in (-1, 1)]
+    ci = row.get(half)
+    return f"{text} ± {escape(cell(ci, form))}" + interval(value, ci, min(*ends, 0), max(ends))
+
+
+def section(make, *args):
+    """Return a section; one whose files are damaged says so, and does not cost the page."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):   # readers print what they skip
+            return make(*args)
+    except UserError as e:
+        return [f'<p class="bad">A section is missing: {escape(e)}</p>']
+
+
+def make_page(files, cfg):
+    """Return the HTML of the page."""
+    found = found_warnings(files) if files.rows else {}
+    parts = [f"<h1>{escape(files.out / files.name)}</h1>",
+             f'<p class="verdict">{verdict(files, found)}</p>', *about(files)]
+    if files.rows:
+        parts += chart_section(files, found) + health_section(files, found)
+    parts += section(stage_section, files)
+    device = pick_device(cfg.device)
+    if files.rows:
+        parts += section(sample_sections, files, cfg.seed, device)
+    parts += section(reward_section, files, device)
+    return page(f"Run report: {files.out / files.name}", parts)
+
+
+def main(cfg):
+    files = read_files(run_folder(cfg.out), cfg.name)
+    if cfg.csv or cfg.tensorboard or cfg.wandb:
+        replay(files, cfg)
+        return
+    path = files.out / ("report.html" if cfg.name == "ppo" else f"report-{cfg.name}.html")
+    write_text(path, make_page(files, cfg))
+    print(f"wrote {path}")
+
+
+def after_training(cfg):
+    """Write the page of a run that has just finished, cfg: ppo.Config. A failure costs one line."""
+    try:
+        main(Config(out=cfg.out, name=cfg.name, seed=cfg.seed, device=cfg.device))
+    except Exception as e:   # the run itself is complete and saved
+        print(f"no report ({brief(repr(e))}); try again: python lab/report.py --out {cfg.out}")
+
+
+if __name__ == "__main__":
+    start(main, Config, __doc__)
