@@ -11,11 +11,11 @@ WIDTH = 340                          # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 40, 82, 8, 24   # room for the ticks and for the labels of the lines
 
 STYLE = """
-:root{--paper:#fff;--ink:#1c2024;--soft:#646b75;--rule:#e3e6ea;--band:#e4e7eb;--accent:#0b62c4;
+:root{--paper:#fff;--ink:#1c2024;--soft:#646b75;--rule:#e3e6ea;--band:#ced4db;--accent:#0b62c4;
 --bad:#c2410c;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e8ea;--soft:#9aa3ad;--rule:#2c3238;
---band:#2b3138;--accent:#6fb1ff;--bad:#ff9457}}
-@media print{:root{--paper:#fff;--ink:#000;--soft:#555;--rule:#ddd;--band:#e4e7eb;--accent:#0b62c4;
+--band:#3a424b;--accent:#6fb1ff;--bad:#ff9457}}
+@media print{:root{--paper:#fff;--ink:#000;--soft:#555;--rule:#ddd;--band:#ced4db;--accent:#0b62c4;
 --bad:#c2410c}@page{margin:14mm}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1120px;padding:28px 20px 60px;background:var(--paper);
@@ -45,7 +45,7 @@ svg .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
 svg .a{stroke:var(--accent)}svg text.a{fill:var(--accent);stroke:none;font-weight:600}
 svg .b{stroke:var(--soft)}svg text.b{fill:var(--ink);stroke:none;font-weight:600}
 svg .rule{stroke:var(--rule)}svg .zero{stroke:var(--soft);stroke-opacity:.6}
-svg .band{fill:var(--band)}svg .bar{fill:var(--accent);fill-opacity:.75}
+svg .band{fill:var(--band);fill-opacity:.6}svg .bar{fill:var(--accent);fill-opacity:.75}
 svg .mark{stroke:var(--bad);stroke-dasharray:2 2}svg text.mark{fill:var(--bad);stroke:none}
 .wide{overflow-x:auto;margin:0 0 10px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
@@ -53,8 +53,9 @@ th,td{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid var(--rule)
 vertical-align:top}
 th{font-weight:400}
 tr{break-inside:avoid}
-td.n,th.n{text-align:right;white-space:nowrap}
-td svg{width:150px}
+td.n,th.n{text-align:right}
+td.n,td.s{white-space:nowrap}
+td svg{width:130px}
 .card{border-top:1px solid var(--rule);padding:10px 0 2px;break-inside:avoid}
 .card p{margin:2px 0}
 .tokens{font:14px/2.1 ui-monospace,Menlo,Consolas,monospace;margin:2px 0 8px;
@@ -62,7 +63,7 @@ overflow-wrap:anywhere}
 .tokens b{font-weight:400;white-space:pre-wrap;padding:3px 1px;border:1px solid var(--soft);
 border-left-width:0}
 .tokens b:first-of-type{border-left-width:1px}
-.small,.small table{font-size:13px}
+.small,.small table{font-size:13px}.small th,.small td{padding-right:9px}
 @media(max-width:520px){body{padding:18px 14px 40px}p.verdict{font-size:20px}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
 @media print{body{max-width:none;padding:0;font-size:12px}p.verdict{font-size:18px}
@@ -88,6 +89,7 @@ class Panel(NamedTuple):
     height: int = 150
     form: str = "g"       # of the ticks
     least: float = None   # the axis reaches at least from here
+    most: float = None    # to here
 
 
 def escape(text):
@@ -142,7 +144,7 @@ def panel_svg(panel, scale_x, top):
     """Draw one panel of a chart -> list of SVG elements."""
     values = [y for line in panel.lines for _, y in line.points]
     values += [y for band in panel.bands for _, *ends in band for y in ends]
-    low, high = limits(values, panel.least)
+    low, high = limits(values, panel.least, panel.most)
 
     def y_of(y):
         return top + panel.height * (high - y) / (high - low)
@@ -153,7 +155,7 @@ def panel_svg(panel, scale_x, top):
         edge = [(scale_x(x), y_of(upper)) for x, _, upper in band]
         edge += [(scale_x(x), y_of(lower)) for x, lower, _ in reversed(band)]
         made.append(f'<path class="band" d="{path(edge)}Z"/>')
-    for tick in ticks(low, high, max(1, panel.height // 38)):
+    for tick in ticks(low, high, max(3, panel.height // 30)):
         y = y_of(tick)
         kind = "zero" if tick == 0 and low < 0 else "rule"
         made.append(f'<path class="{kind}" d="M{LEFT} {y:.1f}H{right}"/>')
@@ -214,9 +216,9 @@ def interval(value, half, low, high):
         made.append(f'<path class="zero" d="M{x_of(0):.1f} 1V17"/>')
     made.append('<path class="rule" d="M4 9H146"/>')
     if half is not None:
-        made.append(f'<path class="a" stroke-width="5" stroke-opacity=".45" '
+        made.append(f'<path class="a" stroke-width="8" stroke-opacity=".35" '
                     f'd="M{x_of(value - half):.1f} 9H{x_of(value + half):.1f}"/>')
-    made.append(f'<circle class="bar" cx="{x_of(value):.1f}" cy="9" r="4"/>')
+    made.append(f'<circle class="bar" cx="{x_of(value):.1f}" cy="9" r="3"/>')
     return f'<svg viewBox="0 0 150 18" aria-hidden="true">{"".join(made)}</svg>'
 
 
@@ -262,9 +264,13 @@ def histograms(groups, x_name, bins=36):
 
 
 def table(heads, rows, numbers=()):
-    """Return a table; cells are HTML. numbers: indices of the columns that align right."""
+    """Return a table; cells are HTML. numbers: indices of the columns that align right.
+
+    The first column names the rows and is not broken.
+    """
     def line(tag, cells):
         kinds = [' class="n"' if i in numbers else "" for i in range(len(cells))]
+        kinds[0] = ' class="s"'
         return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells))
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)

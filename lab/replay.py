@@ -35,8 +35,9 @@ def steps_of(rows):
 
 def scalars(row):
     """Return the numbers of a row, without its step."""
-    return {k: v for k, v in row.items()
-            if isinstance(v, int | float) and not isinstance(v, bool) and k not in ("step", "update")}
+    numbers = {k: v for k, v in row.items()
+               if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k: v for k, v in numbers.items() if k not in ("step", "update")}
 
 
 def csv_text(rows):

@@ -25,6 +25,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.exam import COLUMNS
@@ -47,19 +48,33 @@ class Config(BaseConfig):
     wandb: bool = False          # send the logs to Weights & Biases instead; needs wandb
 
 
-# Title, unit, the warnings that belong to it, its panels of lines (key, name, format, kind), least.
+# A line of README's table of healthy values: | `objective/kl` | below 10 | raise `--beta` |
+METRIC_ROW = r"^\| (`\w+/.+) \| (.+) \| (.+) \|$"
+
+
+class Curve(NamedTuple):
+    """A line of a chart. key: of the log, or a function of its rows."""
+    key: object
+    name: str
+    form: str = ".2f"
+    kind: str = "a"       # a: accent, b: grey
+    least: float = None   # the axis reaches at least from here
+    most: float = None    # to here
+
+
+# Title, unit, the warnings that belong to it, its panels of curves.
 CHARTS = [
     ("Score and gold", "mean per response", ["scores"],
-     [[("objective/scores", "score", ".2f", "b"), ("objective/gold", "gold", ".2f", "a")]], None),
+     [[Curve("objective/scores", "score", kind="b"), Curve("objective/gold", "gold")]]),
     ("KL to sft", "nats per response", ["kl", "kl below 0"],
-     [[("objective/kl", "KL", ".2f", "a")]], 0),
-    ("Entropy", "nats per token", ["entropy"], [[(entropy, "entropy", ".2f", "a")]], 0),
+     [[Curve("objective/kl", "KL", least=0)]]),
+    ("Entropy", "nats per token", ["entropy"], [[Curve(entropy, "entropy", least=0)]]),
     ("Clip fraction", "share of the ratios", ["clip", "ratio"],
-     [[("policy/clipfrac_avg", "clipped", ".1%", "a")]], 0),
-    ("Explained variance", "of the critic; 1 is perfect", ["value"],
-     [[("val/explained_variance", "explained", ".2f", "a")]], None),
-    ("Length and end rate", "tokens; share of the responses", ["length"],
-     [[("objective/length", "tokens", ".1f", "a")], [(end_rate, "ended", ".0%", "b")]], None),
+     [[Curve("policy/clipfrac_avg", "clipped", ".1%", least=0)]]),
+    ("Explained variance", "by the critic, at most 1", ["value"],
+     [[Curve("val/explained_variance", "explained")]]),
+    ("Length, end rate", "tokens; share of responses", ["length"],
+     [[Curve("objective/length", "tokens", ".1f")], [Curve(end_rate, "ended", ".0%", "b", 0, 1)]]),
 ]
 
 
@@ -68,15 +83,14 @@ def chart_section(files, found):
     reason = missing_band(files)
     theirs = [] if reason else published()
     figures = []
-    for title, unit, names, panels, least in CHARTS:
+    for title, unit, names, panels in CHARTS:
         drawn = []
-        for lines in panels:
-            made = [Line(series(files.rows, key), name, form, kind)
-                    for key, name, form, kind in lines]
-            bands = [band(theirs, key) for key, *_ in lines]
-            percent = lines[0][2].endswith("%")
-            drawn.append(Panel(made, bands, 150 if len(panels) == 1 else 68,
-                               ".0%" if percent else "g", least))
+        for curves in panels:
+            lines = [Line(series(files.rows, c.key), c.name, c.form, c.kind) for c in curves]
+            first = curves[0]
+            drawn.append(Panel(lines, [band(theirs, c.key) for c in curves],
+                               150 if len(panels) == 1 else 68,
+                               ".0%" if "%" in first.form else "g", first.least, first.most))
         marks = [found[name][1][0] for name in names if name in found]
         figures.append(chart(title, unit, drawn, "update", marks))
     grey = (f"No published runs behind the lines: {reason}." if reason else
@@ -93,8 +107,9 @@ def verdict(files, found):
     table_of = {row["stage"]: row for row in files.table if "stage" in row}
     ours, sft_row = table_of.get(files.name, {}), table_of.get("sft", {})
     first, last = files.rows[0], files.rows[-1]
-    steps = files.records.get(files.name, {}).get("steps", len(files.rows))
-    done = f"Stopped after {len(files.rows)} of {steps} updates. " if steps > len(files.rows) else ""
+    steps = files.records.get(files.name, {}).get("steps", 0)
+    n = len(files.rows)
+    done = f"Stopped after {n} of {steps} updates. " if steps > n else ""
     if None not in (ours.get("gold"), sft_row.get("gold")) and not files.stale and not done:
         text = (f"On {ours['n']} prompts of new users, {files.name} has gold "
                 f"<b>{ours['gold']:.2f}</b> where sft has <b>{sft_row['gold']:.2f}</b>, and wins "
@@ -105,7 +120,7 @@ def verdict(files, found):
                 for name, key in (("the score", "scores"), ("gold", "gold"))]
         moved = [f"{name} goes from {a:.2f} to <b>{b:.2f}</b>" for name, a, b in both
                  if None not in (a, b)]
-        text = f"{done}In {len(files.rows)} updates {' and '.join(moved) or 'no score is logged'}"
+        text = f"{done}In {n} updates {' and '.join(moved) or 'no score is logged'}"
         kl = last.get("objective/kl")
     distance = f", at a KL of <b>{kl:.1f}</b> nats per response" if kl is not None else ""
     if not found:
@@ -133,7 +148,8 @@ def about(files):
     absent = [s for s in ("gpt", "sft", "reward") if s not in files.records]
     if absent:
         changed.append(f"not recorded: {', '.join(absent)}")
-    inputs = [f"<code>{escape(path)}</code> {escape(crc)}" for path, crc in record["inputs"].items()]
+    inputs = [f"<code>{escape(file)}</code> {escape(crc)}"
+              for file, crc in record["inputs"].items()]
     device = record.get("device", "")
     if record.get("processes", 1) > 1:
         device += f", {record['processes']} processes"
@@ -192,9 +208,9 @@ def health_section(files, found):
     if not found:
         parts.append("<p>ppo.py warned of nothing.</p>")
     own = readings(files.rows)
-    page_text = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = []
-    for metric, healthy, advice in re.findall(r"^\| (`\w+/.+) \| (.+) \| (.+) \|$", page_text, re.M):
+    for metric, healthy, advice in re.findall(METRIC_ROW, readme, re.M):
         numbers, good = own.get(re.match("`(.+?)`", metric)[1], ("-", True))
         sign = "healthy" if good else '<span class="bad">look here</span>'
         rows.append([code(metric), code(healthy), escape(numbers), sign, code(advice)])
@@ -207,7 +223,10 @@ def code(markdown):
 
 
 def losses(rows):
-    """Return the lines of a stage's log: training loss, as means of 20 steps, and held-out loss."""
+    """Return the lines of a stage's log: training loss, as means of 20 steps, and held-out loss.
+
+    The first twentieth of the steps is left out: its losses would hide the rest.
+    """
     step, train, held_out = 0, [], []
     for row in rows:
         step = row.get("step", step)
@@ -218,7 +237,8 @@ def losses(rows):
             held_out.append((step, value))
     blocks = [train[i:i + 20] for i in range(0, len(train), 20)]
     means = [(b[-1][0], sum(v for _, v in b) / len(b)) for b in blocks]
-    return [Line(means, "train", ".2f", "b"), Line(held_out, "held out", ".2f", "a")]
+    return [Line([p for p in points if p[0] >= step / 20], name, ".2f", kind)
+            for points, name, kind in ((means, "train", "b"), (held_out, "held out", "a"))]
 
 
 def stage_section(files):
@@ -230,8 +250,8 @@ def stage_section(files):
     if rows:
         n = rows[0].get("n")
         parts.append(f'<p class="soft">{n} held-out prompts; bars are 95% intervals.</p>')
-        columns = {head: c for head, c in COLUMNS.items() if any(r.get(c[0]) is not None
-                                                                 for r in rows)}
+        columns = {head: c for head, c in COLUMNS.items() if not c[0].startswith("gold_minus")
+                   and any(r.get(c[0]) is not None for r in rows)}
         heads, keys = [], []
         for head, (key, form) in columns.items():
             if key.endswith("_ci"):   # drawn with the value before it

@@ -107,10 +107,14 @@ def missing_band(files):
     return "" if published() else "their logs are not in results/"
 
 
-def band(rows, key):
-    """Return (update, lowest, highest) over runs, at the updates that all of them have."""
+def band(rows, key, start=5):
+    """Return (update, lowest, highest) over runs, at the updates that all of them have.
+
+    These are every fifth. Between 0 and `start` the policy begins to learn, which a straight edge
+    would hide, so the band begins there.
+    """
     values = defaultdict(list)
-    for update, value in series(rows, key):
+    for update, value in series([row for row in rows if row["update"] >= start], key):
         values[update].append(value)
     most = max(map(len, values.values()), default=0)
     return [(x, min(found), max(found)) for x, found in sorted(values.items())

@@ -1,4 +1,5 @@
 """The sections of lab/report.py that show responses, and what the reward model says about them."""
+import math
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lab.tokens import token_view
 from scaffold.table import printable
 
 RANKED = 100   # prompts whose ranked responses are scored for the histogram
+GRADES = {"gold 1": 1, "gold from 0 to 1": 0, "gold below 0: wrong, made up or rude": -math.inf}
 
 
 def with_before(files, seed, device):
@@ -118,8 +120,8 @@ def sample_sections(files, seed, device):
         "<h2>What each token was paid</h2>"
         '<p class="soft">Two of these responses. The tokens of the prompt are not trained '
         "(mask 0); those of the response are (mask 1, framed here), the end token among them. "
-        f"Reward: the KL penalty, -{beta:g} times the log-ratio; on the last token, plus the score. "
-        "V is the critic's prediction before the token, A the whitened advantage.</p>"
+        f"Reward: the KL penalty, -{beta:g} times the log-ratio; on the last token, plus the "
+        "score. V is the critic's prediction before the token, A the whitened advantage.</p>"
         f'<div class="pair small">{"".join(f"<div>{token_view(row)}</div>" for row in shown)}'
         "</div>"]
 
@@ -140,20 +142,16 @@ def ranked_records(files):
 
 def groups_of(records, scores, gold):
     """Group the scores of ranked responses by gold, or by rank -> {label: scores}."""
-    if gold:
-        groups = {"gold 1: right, whole, polite": [], "gold 0 to 1: refused, lazy, or wishes missed": [],
-                  "gold below 0: wrong, made up or rude": []}
-    else:
-        groups = {"best of their prompt": [], "others": []}
-    best, *_, worst = groups
+    def label(record, response, rank):
+        if not gold:
+            return "best of their prompt" if rank == min(record["ranks"]) else "others"
+        grade = gold(record["task"], response)
+        return next(name for name, least in GRADES.items() if grade >= least)
+
+    groups = {name: [] for name in (GRADES if gold else ["best of their prompt", "others"])}
     for record, row in zip(records, scores):
         for response, rank, score in zip(record["responses"], record["ranks"], row):
-            if not gold:
-                label = best if rank == min(record["ranks"]) else worst
-            else:
-                grade = gold(record["task"], response)
-                label = list(groups)[0 if grade >= 1 else 1 if grade >= 0 else 2]
-            groups[label].append(score)
+            groups[label(record, response, rank)].append(score)
     return groups
 
 
@@ -168,8 +166,8 @@ def reward_section(files, device):
     parts = ["<h2>The reward model</h2>"]
     accuracy = [row for row in files.logs.get("reward", []) if "accuracy" in row][-1:]
     for row in accuracy:
-        facts = [f"prefers the better of two responses in {row['accuracy']:.1%} of {row['pairs']:,} "
-                 f"pairs of {row['split']}"]
+        facts = [f"prefers the better of two responses in {row['accuracy']:.1%} of "
+                 f"{row['pairs']:,} pairs of {row['split']}"]
         if row.get("labelers_agree") is not None:
             facts.append(f"two labelers agree on {row['labelers_agree']:.1%}")
         if row.get("accuracy_against_gold") is not None:

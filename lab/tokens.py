@@ -64,6 +64,12 @@ def strength(value, full):
     return 0.0 if is_missing(value) else min(1.0, abs(value) / full)
 
 
+def number(value, form):
+    """Format a number; one that rounds to zero has no minus sign."""
+    text = format(value, form)
+    return format(0.0, form) if form != "d" and float(text) == 0 else text
+
+
 def strip(rows, key, full, prompt=""):
     """Return tokens as HTML, coloured by one number: blue above 0, orange below.
 
@@ -72,7 +78,7 @@ def strip(rows, key, full, prompt=""):
     made = [f'<span class="soft">{escape(visible(prompt))} </span>'] if prompt else []
     for row in rows:
         red, green, blue = BLUE if row[key] >= 0 else ORANGE
-        numbers = ", ".join(f"{head} {format(row[name], form)}"
+        numbers = ", ".join(f"{head} {number(row[name], form)}"
                             for head, (name, form) in COLUMNS.items()
                             if name in row and name != "token")
         made.append(f'<b style="background:rgb({red} {green} {blue}/'
@@ -85,7 +91,7 @@ def token_table(rows):
     """Return the numbers of all tokens as an HTML table."""
     columns = {head: column for head, column in COLUMNS.items() if column[0] in rows[0]}
     lines = [[f"<code>{escape(visible(row['token']))}</code>",
-              *[format(row[key], form) for key, form in list(columns.values())[1:]]]
+              *[number(row[key], form) for key, form in list(columns.values())[1:]]]
              for row in rows[:MOST]]
     more = len(rows) - MOST
     note = f'<p class="soft">and {more} more tokens</p>' if more > 0 else ""
@@ -101,7 +107,7 @@ def token_view(row):
     return (f"<h3>{escape(prompt)}</h3>"
             f"<p>score {row['score']:.2f}{grade}; the log-ratios add up to {kl:.2f} nats</p>"
             f'<div class="soft">log-ratio: blue tokens became likelier than in sft</div>'
-            + strip(rows, "log_ratio", 2.0)
+            + strip(rows, "log_ratio", 2.0, prompt[-200:])
             + '<div class="soft">advantage: this update makes blue tokens likelier, orange '
               'ones rarer</div>'
             + strip(rows, "advantage", 2.5) + token_table(rows))
@@ -143,8 +149,9 @@ def coloured(rows, key="log_ratio", full=2.0):
 class Inspector:
     """Shows the token view of responses in the terminal. It loads OUT/sft.pt and OUT/reward.pt."""
 
-    def __init__(self, out, policy, enc, beta=0.1):
+    def __init__(self, out, policy, enc, beta=0.1, colour=True):
         out = Path(out)
+        self.colour = colour
         if not (out / "sft.pt").exists():
             raise UserError(f"--inspect compares with {out / 'sft.pt'}, which is missing; "
                             f"name its folder with --out")
@@ -162,7 +169,7 @@ class Inspector:
             raise UserError(f"--inspect: {out} has another tokenizer than the policy; "
                             f"name the folder of its sft.pt with --out")
 
-    def text(self, prompt, response, colour):
+    def __call__(self, prompt, response):
         """Return the view of a response (ids) to a prompt (ids) as lines for the terminal."""
         blocks = [self.policy, self.reference]
         if self.reward_model:
@@ -174,7 +181,7 @@ class Inspector:
         rows = measure(self.policy, self.reference, self.reward_model, self.enc, prompt, kept,
                        self.beta)
         shown = [row | dict(token=repr(row["token"])) for row in rows]
-        lines = [coloured(rows)] if colour else []
+        lines = [coloured(rows)] if self.colour else []
         lines.append(format_table(shown, COLUMNS))
         lines.append(f"KL {sum(row['log_ratio'] for row in rows):.3f} nats; "
                      f"KL penalty at beta {self.beta:g}")

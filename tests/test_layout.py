@@ -42,11 +42,13 @@ EXCEPTIONS = {
     ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",
     ("ppo", "evaluate"): "the table at the end",
+    ("ppo", "lab.report"): "the page at the end",
+    ("chat", "lab.tokens"): "--inspect",
     ("self_instruct", "lab.instruction_quality"): "measures of the tasks it made",
     ("self_reward", "lab.judge_quality"): "measures of its table",
 }
 REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
-OPTIONAL = {"safetensors", "tokenizers", "matplotlib"}  # imported only where a user asks for them
+OPTIONAL = {"safetensors", "tokenizers", "matplotlib", "wandb"}  # imported only where a user asks for them
 
 
 class Import(NamedTuple):
