@@ -67,7 +67,8 @@ border-left-width:0}
 @media(max-width:520px){body{padding:18px 14px 40px}p.verdict{font-size:20px}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
 @media print{body{max-width:none;padding:0;font-size:12px}p.verdict{font-size:18px}
-.grid{grid-template-columns:repeat(2,1fr)}.wide{overflow:visible}}
+.grid{grid-template-columns:repeat(2,1fr)}.pair.small{grid-template-columns:1fr}
+h2+p{break-after:avoid}.wide{overflow:visible}}
 """
 
 
@@ -130,14 +131,15 @@ def path(points):
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def spread_labels(heights, gap=12):
-    """Move the labels of lines apart that end too close to each other -> heights."""
+def spread_labels(heights, lowest, gap=12):
+    """Move the labels of lines apart that end too close to each other -> heights up to `lowest`."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     moved = list(heights)
     for above, below in zip(order, order[1:]):
         moved[below] = max(moved[below], moved[above] + gap)
-    excess = (moved[order[-1]] - heights[order[-1]]) / 2 if order else 0
-    return [y - excess for y in moved]
+    last = order[-1]
+    shift = max((moved[last] - heights[last]) / 2, moved[last] - lowest)
+    return [y - shift for y in moved]
 
 
 def panel_svg(panel, scale_x, top):
@@ -161,7 +163,8 @@ def panel_svg(panel, scale_x, top):
         made.append(f'<path class="{kind}" d="M{LEFT} {y:.1f}H{right}"/>')
         made.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
                     f'{format(tick, panel.form)}</text>')
-    ends = spread_labels([y_of(line.points[-1][1]) for line in panel.lines])
+    ends = spread_labels([y_of(line.points[-1][1]) for line in panel.lines],
+                         top + panel.height - 4)
     for line, end in zip(panel.lines, ends):
         drawn = [(scale_x(x), y_of(y)) for x, y in thin(line.points)]
         made.append(f'<path class="line {line.kind}" d="{path(drawn)}"/>')

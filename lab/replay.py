@@ -18,9 +18,10 @@ eight bytes, 2 bytes with their length, 5 four bytes.
 import csv
 import io
 import struct
+from pathlib import Path
 
 from data.text import write_text
-from scaffold.cli import UserError, run_folder
+from scaffold.cli import UserError
 
 
 def steps_of(rows):
@@ -131,7 +132,9 @@ def replay(files, cfg):
             write_text(path, csv_text(rows))
             print(f"wrote {path}")
         if cfg.tensorboard:
-            folder = run_folder(cfg.tensorboard) / stage
+            if Path(cfg.tensorboard).is_file():
+                raise UserError(f"--tensorboard {cfg.tensorboard}: this is a file; name a folder")
+            folder = Path(cfg.tensorboard) / stage
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "events.out.tfevents.0.log"   # a second copy replaces the first
             path.write_bytes(event_file(rows))

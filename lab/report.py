@@ -33,9 +33,10 @@ from data.text import write_text
 from lab.charts import Line, Panel, chart, escape, facts, interval, page, table
 from lab.replay import replay
 from lab.run_files import (
-    band, end_rate, entropy, found_warnings, missing_band, published, read_files, series)
+    STAGES, band, end_rate, entropy, found_warnings, missing_band, published, read_files, series)
 from lab.samples import reward_section, sample_sections
-from scaffold.cli import BaseConfig, UserError, brief, pick_device, run_folder, start
+from scaffold.cli import (
+    BaseConfig, UserError, brief, check_name, pick_device, run_folder, start)
 from scaffold.record import ROOT
 from scaffold.table import cell
 
@@ -73,7 +74,7 @@ CHARTS = [
      [[Curve("policy/clipfrac_avg", "clipped", ".1%", least=0)]]),
     ("Explained variance", "by the critic, at most 1", ["value"],
      [[Curve("val/explained_variance", "explained")]]),
-    ("Length, end rate", "tokens; share of responses", ["length"],
+    ("Length, end rate", "tokens; share", ["length"],
      [[Curve("objective/length", "tokens", ".1f")], [Curve(end_rate, "ended", ".0%", "b", 0, 1)]]),
 ]
 
@@ -91,6 +92,8 @@ def chart_section(files, found):
             drawn.append(Panel(lines, [band(theirs, c.key) for c in curves],
                                150 if len(panels) == 1 else 68,
                                ".0%" if "%" in first.form else "g", first.least, first.most))
+        if title == "Score and gold" and not drawn[0].lines[1].points:
+            title, unit = "Score", "by the reward model; gold is unknown"
         marks = [found[name][1][0] for name in names if name in found]
         figures.append(chart(title, unit, drawn, "update", marks))
     grey = (f"No published runs behind the lines: {reason}." if reason else
@@ -110,18 +113,22 @@ def verdict(files, found):
     steps = files.records.get(files.name, {}).get("steps", 0)
     n = len(files.rows)
     done = f"Stopped after {n} of {steps} updates. " if steps > n else ""
-    if None not in (ours.get("gold"), sft_row.get("gold")) and not files.stale and not done:
-        text = (f"On {ours['n']} prompts of new users, {files.name} has gold "
-                f"<b>{ours['gold']:.2f}</b> where sft has <b>{sft_row['gold']:.2f}</b>, and wins "
-                f"{ours['win_rate_vs_sft']:.0%} of the pairs")
-        kl = ours["kl_to_sft"]
-    else:
-        both = [(name, first.get(f"objective/{key}"), last.get(f"objective/{key}"))
-                for name, key in (("the score", "scores"), ("gold", "gold"))]
-        moved = [f"{name} goes from {a:.2f} to <b>{b:.2f}</b>" for name, a, b in both
-                 if None not in (a, b)]
+    text = f"On {ours.get('n')} prompts, {escape(files.name)} "
+    kl = ours.get("kl_to_sft")
+    if files.stale or done or not ours:
+        moved = [f"{name} goes from {cell(first.get(key), '.2f')} to <b>{last[key]:.2f}</b>"
+                 for name, key in (("the score", "objective/scores"), ("gold", "objective/gold"))
+                 if last.get(key) is not None]
         text = f"{done}In {n} updates {' and '.join(moved) or 'no score is logged'}"
         kl = last.get("objective/kl")
+    elif ours.get("gold") is not None:
+        text += (f"has gold <b>{ours['gold']:.2f}</b> where sft has "
+                 f"<b>{cell(sft_row.get('gold'), '.2f')}</b>, and wins "
+                 f"<b>{ours['win_rate_vs_sft']:.0%}</b> of the pairs")
+    else:
+        text += (f"scores <b>{cell(ours.get('reward'), '.2f')}</b> where sft scores "
+                 f"<b>{cell(sft_row.get('reward'), '.2f')}</b> by the reward model, the only "
+                 "judge of these data")
     distance = f", at a KL of <b>{kl:.1f}</b> nats per response" if kl is not None else ""
     if not found:
         return f"{text}{distance}; no warnings."
@@ -162,6 +169,13 @@ def about(files):
         ("inputs, with checksums", ", ".join(inputs))])]
 
 
+# The warnings of scaffold/health.py that belong to a line of README's table.
+WARNINGS_OF = {"val/ratio_first": ["ratio"], "objective/kl": ["kl", "kl below 0"],
+               "objective/entropy": ["entropy"], "policy/clipfrac_avg": ["clip"],
+               "val/explained_variance": ["value"], "val/num_eos_tokens": ["length"],
+               "objective/scores": ["scores"]}
+
+
 def readings(rows):
     """Return {metric: (this run's numbers, whether they are healthy)} for README's table."""
     first, last = rows[0], rows[-1]
@@ -183,7 +197,7 @@ def readings(rows):
     gold, gold_rises = change("objective/gold")
     graded = last.get("objective/gold") is not None
     return {
-        "val/ratio_first": (f"farthest {ratio:.6f}", abs(ratio - 1) < 1e-3),
+        "val/ratio_first": (f"{ratio:.6f} at its farthest", abs(ratio - 1) < 1e-3),
         "objective/kl": (f"{kl[0]:.2f} to {kl[-1]:.2f}, highest {max(kl):.2f}",
                          abs(kl[0]) < 0.5 and max(kl) < 10),
         "objective/entropy": (f"{change('objective/entropy')[0]}; per token {tokens[0]:.2f} to "
@@ -211,10 +225,12 @@ def health_section(files, found):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = []
     for metric, healthy, advice in re.findall(METRIC_ROW, readme, re.M):
-        numbers, good = own.get(re.match("`(.+?)`", metric)[1], ("-", True))
-        sign = "healthy" if good else '<span class="bad">look here</span>'
+        name = re.match("`(.+?)`", metric)[1]
+        numbers, good = own.get(name, ("-", True))
+        good = good and not any(key in found for key in WARNINGS_OF.get(name, []))
+        sign = "yes" if good else '<span class="bad">no</span>'
         rows.append([code(metric), code(healthy), escape(numbers), sign, code(advice)])
-    return [*parts, table(["metric", "healthy", "this run", "", "if not"], rows)]
+    return [*parts, table(["metric", "should be", "this run", "healthy?", "if not"], rows)]
 
 
 def code(markdown):
@@ -249,7 +265,7 @@ def stage_section(files):
         parts.append(f'<p class="bad">This table is older than {escape(files.name)}.pt.</p>')
     if rows:
         n = rows[0].get("n")
-        parts.append(f'<p class="soft">{n} held-out prompts; bars are 95% intervals.</p>')
+        parts.append(f'<p class="soft">{n} prompts; bars are 95% intervals.</p>')
         columns = {head: c for head, c in COLUMNS.items() if not c[0].startswith("gold_minus")
                    and any(r.get(c[0]) is not None for r in rows)}
         heads, keys = [], []
@@ -307,6 +323,7 @@ def make_page(files, cfg):
 
 
 def main(cfg):
+    check_name(cfg, *STAGES)
     files = read_files(run_folder(cfg.out), cfg.name)
     if cfg.csv or cfg.tensorboard or cfg.wandb:
         replay(files, cfg)

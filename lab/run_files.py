@@ -58,7 +58,7 @@ def read_files(out, name):
     stages = [*STAGES, name]
     logs = {stage: read_log(out / f"{stage}.jsonl") for stage in stages}
     logs = {stage: rows for stage, rows in logs.items() if rows}
-    rows = [row for row in logs.pop(name, []) if "update" in row]
+    rows = [row for row in logs.pop(name, []) if isinstance(row.get("update"), int)]
     if not rows and not logs:
         raise UserError(f"{out}: no log to report on; make one: python ppo.py --out {out}")
     records = {stage: read_record(out, stage) for stage in stages}
@@ -72,9 +72,9 @@ def read_files(out, name):
 
 
 def series(rows, key):
-    """Return (update, value) of the rows that have a value. key: a name, or a function of rows."""
+    """Return (update, value) of the rows that have a number. key: a name, or a function of rows."""
     value = key if callable(key) else lambda row: row.get(key)
-    return [(row["update"], value(row)) for row in rows if value(row) is not None]
+    return [(row["update"], value(row)) for row in rows if isinstance(value(row), int | float)]
 
 
 def entropy(row):

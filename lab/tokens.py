@@ -34,8 +34,6 @@ COLUMNS = {"token": ("token", ""),
            "V": ("value", "+.3f"),
            "A": ("advantage", "+.3f"),
            "score": ("score", "+.3f")}
-BLUE = (11, 98, 196)
-ORANGE = (214, 88, 12)
 MOST = 80   # tokens of a table
 
 
@@ -77,13 +75,13 @@ def strip(rows, key, full, prompt=""):
     """
     made = [f'<span class="soft">{escape(visible(prompt))} </span>'] if prompt else []
     for row in rows:
-        red, green, blue = BLUE if row[key] >= 0 else ORANGE
+        colour = "accent" if row[key] >= 0 else "bad"
+        percent = round(70 * strength(row[key], full))
         numbers = ", ".join(f"{head} {number(row[name], form)}"
                             for head, (name, form) in COLUMNS.items()
                             if name in row and name != "token")
-        made.append(f'<b style="background:rgb({red} {green} {blue}/'
-                    f'{0.6 * strength(row[key], full):.2f})" '
-                    f'title="{escape(numbers)}">{escape(visible(row["token"]))}</b>')
+        made.append(f'<b style="background:color-mix(in srgb,var(--{colour}) {percent}%,'
+                    f'transparent)" title="{escape(numbers)}">{escape(visible(row["token"]))}</b>')
     return f'<div class="tokens">{"".join(made)}</div>'
 
 

@@ -48,7 +48,8 @@ EXCEPTIONS = {
     ("self_reward", "lab.judge_quality"): "measures of its table",
 }
 REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
-OPTIONAL = {"safetensors", "tokenizers", "matplotlib", "wandb"}  # imported only where a user asks for them
+# imported only where a user asks for them
+OPTIONAL = {"safetensors", "tokenizers", "matplotlib", "wandb"}
 
 
 class Import(NamedTuple):
