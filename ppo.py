@@ -323,13 +323,9 @@ def main(cfg):
     after = sft.sample_responses(policy, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)
     print(f"---\nsaved {out / cfg.name}.pt; next: python chat.py --out {out}")
-    if village and gold and cfg.table:
-        import evaluate   # lazy: a later stage, which only the closing table needs
-        print("--- on prompts of users that no stage has seen")
-        evaluate.main(evaluate.Config(out=cfg.out, device=cfg.device, save=str(out / "eval.jsonl")))
-    if cfg.table and world_size() == 1:
-        from lab import report   # lazy, as above: the page shows what all stages left
-        report.after_training(cfg)
+    if cfg.table:
+        from lab import report   # lazy: it needs all stages
+        report.after_training(cfg, graded=village and gold)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,24 @@ Five seconds. Read next: charts.py (how it is drawn), tokens.py (the token view)
 """
 import contextlib
 import io
-import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import evaluate
 from data.exam import COLUMNS
 from data.text import write_text
 from lab.charts import Line, Panel, chart, escape, facts, interval, page, table
+from lab.healthy import health_section
 from lab.replay import replay
 from lab.run_files import (
     STAGES, band, end_rate, entropy, found_warnings, missing_band, published, read_files, series)
 from lab.samples import reward_section, sample_sections
 from scaffold.cli import (
     BaseConfig, UserError, brief, check_name, pick_device, run_folder, start)
-from scaffold.record import ROOT
+from scaffold.distributed import world_size
 from scaffold.table import cell
 
 
@@ -47,10 +47,6 @@ class Config(BaseConfig):
     csv: bool = False            # write OUT/csv/*.csv instead of the page
     tensorboard: str = ""        # write TensorBoard's event files below this folder instead
     wandb: bool = False          # send the logs to Weights & Biases instead; needs wandb
-
-
-# A line of README's table of healthy values: | `objective/kl` | below 10 | raise `--beta` |
-METRIC_ROW = r"^\| (`\w+/.+) \| (.+) \| (.+) \|$"
 
 
 class Curve(NamedTuple):
@@ -169,75 +165,6 @@ def about(files):
         ("inputs, with checksums", ", ".join(inputs))])]
 
 
-# The warnings of scaffold/health.py that belong to a line of README's table.
-WARNINGS_OF = {"val/ratio_first": ["ratio"], "objective/kl": ["kl", "kl below 0"],
-               "objective/entropy": ["entropy"], "policy/clipfrac_avg": ["clip"],
-               "val/explained_variance": ["value"], "val/num_eos_tokens": ["length"],
-               "objective/scores": ["scores"]}
-
-
-def readings(rows):
-    """Return {metric: (this run's numbers, whether they are healthy)} for README's table."""
-    first, last = rows[0], rows[-1]
-
-    def values(key, start=0):
-        return [v for _, v in series(rows[start:], key)] or [math.nan]
-
-    def change(key, form=".2f"):
-        a, b = first.get(key), last.get(key)
-        return f"{cell(a, form)} to {cell(b, form)}", None not in (a, b) and b > a
-
-    ratio = max(values("val/ratio_first"), key=lambda v: abs(v - 1))
-    kl, clipped = values("objective/kl"), values("policy/clipfrac_avg")
-    explained = values("val/explained_variance", 10)
-    mean = sum(explained) / len(explained)
-    ended = end_rate(last)
-    tokens = [entropy(row) or math.nan for row in (first, last)]
-    score, score_rises = change("objective/scores")
-    gold, gold_rises = change("objective/gold")
-    graded = last.get("objective/gold") is not None
-    return {
-        "val/ratio_first": (f"{ratio:.6f} at its farthest", abs(ratio - 1) < 1e-3),
-        "objective/kl": (f"{kl[0]:.2f} to {kl[-1]:.2f}, highest {max(kl):.2f}",
-                         abs(kl[0]) < 0.5 and max(kl) < 10),
-        "objective/entropy": (f"{change('objective/entropy')[0]}; per token {tokens[0]:.2f} to "
-                              f"{tokens[1]:.2f}", tokens[1] > 0.2 * tokens[0]),
-        "policy/clipfrac_avg": (f"last {clipped[-1]:.1%}, highest {max(clipped):.1%}",
-                                max(clipped) < 0.2),
-        "val/explained_variance": (f"mean {mean:.2f} after ten updates, last {explained[-1]:.2f}",
-                                   mean > 0.5),
-        "val/num_eos_tokens": (f"{last.get('val/num_eos_tokens')}, {cell(ended, '.1%')} of the "
-                               f"rollout", ended is not None and ended > 0.95),
-        "objective/scores": (f"score {score}; gold {gold if graded else 'unknown'}",
-                             score_rises and (gold_rises or not graded)),
-    }
-
-
-def health_section(files, found):
-    """List the warnings, and README's table of healthy values beside this run's."""
-    parts = ["<h2>Is it healthy?</h2>"]
-    for text, updates in found.values():
-        more = f", and {len(updates) - 1} more times" if len(updates) > 1 else ""
-        parts.append(f'<p><span class="bad">Update {updates[0]}{more}:</span> {escape(text)}</p>')
-    if not found:
-        parts.append("<p>ppo.py warned of nothing.</p>")
-    own = readings(files.rows)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = []
-    for metric, healthy, advice in re.findall(METRIC_ROW, readme, re.M):
-        name = re.match("`(.+?)`", metric)[1]
-        numbers, good = own.get(name, ("-", True))
-        good = good and not any(key in found for key in WARNINGS_OF.get(name, []))
-        sign = "yes" if good else '<span class="bad">no</span>'
-        rows.append([code(metric), code(healthy), escape(numbers), sign, code(advice)])
-    return [*parts, table(["metric", "should be", "this run", "healthy?", "if not"], rows)]
-
-
-def code(markdown):
-    """Turn Markdown's `code` into HTML."""
-    return re.sub("`(.+?)`", r"<code>\1</code>", escape(markdown))
-
-
 def losses(rows):
     """Return the lines of a stage's log: training loss, as means of 20 steps, and held-out loss.
 
@@ -333,11 +260,20 @@ def main(cfg):
     print(f"wrote {path}")
 
 
-def after_training(cfg):
-    """Write the page of a run that has just finished, cfg: ppo.Config. A failure costs one line."""
+def after_training(cfg, graded):
+    """End a run of ppo.py, cfg: ppo.Config: evaluate.py's table if there are grades, then the page.
+
+    A page that fails costs one line: the run is complete and saved. Under torchrun there is none.
+    """
+    if graded:
+        print("--- on prompts of users that no stage has seen")
+        table = Path(cfg.out) / "eval.jsonl"
+        evaluate.main(evaluate.Config(out=cfg.out, device=cfg.device, save=str(table)))
+    if world_size() > 1:
+        return
     try:
         main(Config(out=cfg.out, name=cfg.name, seed=cfg.seed, device=cfg.device))
-    except Exception as e:   # the run itself is complete and saved
+    except Exception as e:
         print(f"no report ({brief(repr(e))}); try again: python lab/report.py --out {cfg.out}")
 
 
