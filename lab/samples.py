@@ -13,21 +13,23 @@ from lab.charts import escape, histograms, interval, table
 from lab.tokens import token_view
 from scaffold.table import printable
 
+ROLLOUT = 128  # responses of the rollout that get a response of sft beside them, and may be shown
 RANKED = 100   # prompts whose ranked responses are scored for the histogram
 GRADES = {"gold 1": 1, "gold from 0 to 1": 0, "gold below 0: wrong, made up or rude": -math.inf}
 
 
 def with_before(files, seed, device):
-    """Add what sft responds to the prompts of the rollout: "before", with its score and gold.
+    """Return the first rows of the rollout with "before", a response of sft, its score and gold.
 
     The rows come back unchanged without sft.pt.
     """
+    rollout = files.rollout[:ROLLOUT]
     if not (files.out / "sft.pt").exists():
-        return files.rollout
+        return rollout
     model, enc, _ = gpt.load_model(files.out / "sft.pt", device)
     settings = files.records.get(files.name, {}).get("settings", {})
     room = model.config.block_size - 1
-    fitting = sft.fit_prompts(files.rollout, enc, room)
+    fitting = sft.fit_prompts(rollout, enc, room)
     chats = [row["prompt"] for row in fitting]
     texts = sft.sample_responses(model, enc, chats, settings.get("max_new_tokens", 48), seed)
     rows = [row | dict(before=text) for row, text in zip(fitting, texts)]
@@ -114,8 +116,8 @@ def sample_sections(files, seed, device):
     shown = [views[reason] for reason in ["best", *others][:2] if reason in views]
     return [
         "<h2>Responses before and after</h2>"
-        f'<p class="soft">From the {len(files.rollout)} responses of update {update}, to prompts '
-        "of the training. Before: samples of sft.</p>"
+        f'<p class="soft">From the {min(ROLLOUT, len(files.rollout))} first responses of update '
+        f"{update}, to prompts of the training. Before: samples of sft.</p>"
         f'<div class="pair">{cards}</div>',
         "<h2>What each token was paid</h2>"
         '<p class="soft">Two of these responses. The tokens of the prompt are not trained '

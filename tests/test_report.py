@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import chat
+import data.village
 import gpt
 import ppo
 import reward
@@ -27,11 +28,12 @@ from lab.charts import Line, escape, limits, spread_labels, ticks
 from lab.healthy import WARNINGS_OF, readings
 from lab.replay import csv_text, event_file, masked_crc, record, scalars, steps_of
 from lab.run_files import band, end_rate, entropy, found_warnings, published, read_files, series
-from lab.samples import choose, share_interval
+from lab.samples import GRADES, choose, groups_of, ranked_records, share_interval, with_before
 from lab.tokens import Inspector, coloured, measure, token_rows
 from scaffold.cli import UserError
 from scaffold.health import warnings
 from scaffold.record import record_path, write_record
+from lab_run import make_reward_run
 from tiny import END, ENC, ROOT, Recorder, read_jsonl, save_reward, tiny_gpt, tiny_reward, user
 from tiny import write_jsonl
 
@@ -498,6 +500,68 @@ def test_the_page_shows_tokens_and_numbers_of_the_rollout(trained):
         assert float(cells[9 * i + 8]) == pytest.approx(advantage, abs=6e-4)
         assert float(cells[9 * i + 6]) == pytest.approx(best["rewards"][i], abs=6e-4)
         assert cells[9 * i + 1] == "1"
+
+
+@pytest.fixture(scope="module")
+def village(tmp_path_factory):
+    """A folder of the village after two updates of PPO, with ranked responses, no page yet."""
+    out = make_reward_run(tmp_path_factory.mktemp("village") / "out")
+    ppo.main(ppo.Config(out=str(out), updates=2, rollout_size=16, epochs=1, minibatches=1,
+                        value_warmup=0, max_new_tokens=8, ptx=0.0, device="cpu", table=False))
+    prompts = read_jsonl(out / "data" / "prompts_val.jsonl")
+    write_jsonl(out / "data" / "ranked_val.jsonl", *(
+        p | dict(responses=["I do not know.", "Yes.", "You are so dumb."], ranks=[1, 2, 3])
+        for p in prompts))
+    return out
+
+
+def test_with_a_grader_rows_have_gold_before_and_after(village):
+    rows = with_before(read_files(village, "ppo"), 0, "cpu")
+    model, enc = reward.load_reward(village / "reward.pt")
+    assert len(rows) == 16
+    for row in rows:
+        assert row["gold"] == data.village.gold(row["task"], row["response"])
+        assert row["before_gold"] == data.village.gold(row["task"], row["before"])
+    scores = reward.score_responses(model, enc, [row["prompt"] for row in rows],
+                                    [row["before"] for row in rows])
+    assert [row["before_score"] for row in rows] == pytest.approx(scores)
+    log = read_jsonl(village / "ppo.jsonl")[-1]
+    assert log["objective/gold"] == pytest.approx(sum(row["gold"] for row in rows) / 16)
+    assert log["objective/scores"] == pytest.approx(sum(row["score"] for row in rows) / 16)
+
+
+def test_scores_are_grouped_by_gold_and_without_a_grader_by_rank(village):
+    records = ranked_records(read_files(village, "ppo"))
+    scores = [[3 * i + k for k in range(3)] for i in range(len(records))]
+    groups = groups_of(records, scores, data.village.gold)
+    assert list(groups) == list(GRADES)
+    flat = {}
+    for ranked, row in zip(records, scores):
+        for response, score in zip(ranked["responses"], row):
+            flat[score] = data.village.gold(ranked["task"], response)
+    for (low, high), found in zip(((1, math.inf), (0, 1), (-math.inf, 0)), groups.values()):
+        assert found == [score for score, grade in flat.items() if low <= grade < high]
+    best, others = groups_of(records, scores, None).values()
+    assert best == [row[0] for row in scores] and len(others) == 2 * len(best)
+
+
+def test_the_page_of_the_village_has_the_histogram(village):
+    page = Page(html_of(village))
+    n = len(read_jsonl(village / "data" / "prompts_val.jsonl"))
+    counts = [int(text.split()[0]) for text in page.texts if " responses, mean score" in text]
+    assert sum(counts) == 3 * n and "gold below 0: wrong, made up or rude" in page.text
+
+
+def test_ranked_responses_of_a_user_are_those_that_reward_py_kept(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    path = write_jsonl(tmp_path / "pairs.jsonl", *(
+        dict(prompt=f"Who is {i}?", chosen="Ada.", rejected="Tom.") for i in range(40)))
+    write_record(record_path(out, "reward"), record_of() | dict(settings=dict(data=str(path))))
+    assert len(ranked_records(read_files(out, "ppo"))) == 2   # 5% of the prompts
+    assert "best of their prompt" in Page(html_of(out)).text
+    path.unlink()
+    assert ranked_records(read_files(out, "ppo")) == []
 
 
 def graded(score, gold, before_score, before_gold):
