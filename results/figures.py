@@ -478,6 +478,18 @@ def table_h_optimizers():
     return markdown(["optimizer", *[f"seed {row['seed']}" for row in rows[:3]]], lines)
 
 
+def table_h_memory():
+    """Return the peak memory of a step of each stage, before and after, and in parts."""
+    rows = read_rows("memory.jsonl")
+    before, after = dict.fromkeys(row["commit"] for row in rows)
+    peaks = {(row["commit"], row["stage"], row["parts"]): f"{row['peak_gb']:.1f}" for row in rows}
+    cells = [(before, 1), (after, 1), (after, 4)]
+    lines = [[stage, *[peaks.get((commit, stage, parts), "-") for commit, parts in cells]]
+             for stage in dict.fromkeys(row["stage"] for row in rows)]
+    heads = ["one step of", f"{before}, GB", f"{after}, GB", "with `--grad-accum 4`, GB"]
+    return markdown(heads, lines)
+
+
 def table_commits():
     """Return which files were made where: one line for each commit and machine."""
     files = {}
@@ -510,6 +522,7 @@ def tables():
         "H, peers": table_h_peers(),
         "H, chain": table_h_chain(),
         "H, optimizers": table_h_optimizers(),
+        "H, memory": table_h_memory(),
         "commits": table_commits(),
     }
 

@@ -24,6 +24,7 @@ MADE = {name: step for step in STEPS for name in step.files}    # file -> what m
 BY_HAND = {                     # no step makes them, and their seeds are below 100
     "bench": "speed, beside programs that are not installed here",
     "chain": "speed of two commits",
+    "memory": "two commits",
     "optimizer": "settings were chosen with these runs, so their seeds are not reported ones",
     "optimizer-sweep": "the same",
     "real-text": "a text that is not in this repository",
