@@ -216,7 +216,8 @@ def ensure_stage(path, stage, cfg, **settings):
     if state.exists() and not resume:
         raise UserError(f"{state}: a run stopped here; continue it with --resume (with "
                         f"its settings: python {name}.py --resume ...), or delete this file")
-    print(f"{path} is missing: running {name}.py first")
+    how = "" if settings else ", with its default settings and data"
+    print(f"{path} is missing: running {name}.py first{how}")
     stage.main(stage.Config(out=str(path.parent), seed=cfg.seed, device=cfg.device, resume=resume,
                             **settings))
 

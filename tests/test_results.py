@@ -9,24 +9,28 @@ import shutil
 import statistics
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from results import figures, keep, make
+from results import figures, keep, make, real
 from scaffold import record
 from scaffold.cli import UserError, parse
-from tiny import ROOT
+from tiny import ROOT, write_jsonl
 
 RESULTS = ROOT / "results"
 LOGS = sorted(RESULTS.glob("*.jsonl"))
 STEPS = make.all_steps()
-MADE = {name: step for step in STEPS for name in step.files}    # file -> what makes it
+REAL_STEPS = real.all_steps(Path("real"))
+MADE = {name: step for step in [*STEPS, *REAL_STEPS] for name in step.files}   # file -> its step
 
 BY_HAND = {                     # no step makes them, and their seeds are below 100
     "bench": "speed, beside programs that are not installed here",
     "chain": "speed of two commits",
+    "memory": "two commits",
     "optimizer": "settings were chosen with these runs, so their seeds are not reported ones",
     "optimizer-sweep": "the same",
+    "real-seed-tasks": "counts, by results/real.py",
     "real-text": "a text that is not in this repository",
 }
 
@@ -481,3 +485,38 @@ def test_make_sh_makes_the_files_and_then_the_tables(tmp_path, failing):
     assert calls[0] == "results/make.py --jobs 3"
     assert calls[1:] == ([] if failing else ["results/figures.py"])
     assert done.returncode == (2 if failing else 0)
+
+
+# real.py
+
+
+def test_pairs_of_one_first_question_are_in_one_part():
+    def pair(question, rest):
+        return {"chosen": f"\n\nHuman: {question}\n\nAssistant: {rest}", "rejected": "no"}
+
+    held_out = [{real.is_held_out(pair(f"question {i}?", rest)) for rest in ("a", "b\n\nHuman: c")}
+                for i in range(200)]
+    assert all(len(parts) == 1 for parts in held_out)
+    assert 20 < sum(parts == {True} for parts in held_out) < 60   # a fifth
+
+
+def test_seed_tasks_are_filtered_against_those_before(tmp_path):
+    def task(instruction, output="yes"):
+        instances = [{"input": "", "output": output}]
+        return {"instruction": instruction, "is_classification": False, "instances": instances}
+
+    instructions = [f"Tell me what the {animal} likes to eat {time}."
+                    for animal, time in zip("cow dog hen cat pig fox owl".split(), "abcdefg")]
+    tasks = [*map(task, instructions), task(instructions[0]), task("Too short."),
+             task("Write a list of foods that the cow likes:", "Here they are:")]
+    write_jsonl(tmp_path / "seeds.jsonl", *tasks)
+    row = real.filter_seed_tasks(tmp_path / "seeds.jsonl")
+    assert sum(row["instructions"].values()) == sum(row["instances"].values()) == 10
+    assert row["instructions"]["short"] == 1
+    assert row["instructions"]["rouge"] >= 1
+    assert row["instances"] == {"kept": 9, "ends with a colon": 1}
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="input.txt is missing; see --help"):
+        real.main(real.Config(files=str(tmp_path)))

@@ -843,7 +843,9 @@ def test_ensure_stage_runs_only_a_missing_stage(tmp_path, capsys):
     ensure_stage(path, stage, cfg, steps=7)
     want = dict(out=str(tmp_path), seed=3, device="cpu", resume=True, steps=7)
     assert [vars(c) for c in stage.configs] == [want]
-    assert f"{path} is missing: running stage.py first" in capsys.readouterr().out
+    assert f"{path} is missing: running stage.py first\n" == capsys.readouterr().out
+    ensure_stage(path, Stage(), cfg)
+    assert "first, with its default settings and data\n" in capsys.readouterr().out
     path.touch()
     ensure_stage(path, stage, cfg)
     assert len(stage.configs) == 1
