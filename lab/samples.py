@@ -116,7 +116,7 @@ def sample_sections(files, seed, device):
     shown = [views[reason] for reason in ["best", *others][:2] if reason in views]
     return [
         "<h2>Responses before and after</h2>"
-        f'<p class="soft">From the {min(ROLLOUT, len(files.rollout))} first responses of update '
+        f'<p class="soft">From the first {min(ROLLOUT, len(files.rollout))} responses of update '
         f"{update}, to prompts of the training. Before: samples of sft.</p>"
         f'<div class="pair">{cards}</div>',
         "<h2>What each token was paid</h2>"

@@ -92,7 +92,10 @@ def test_a_published_log_has_nothing_to_leave_out(path):
 
 def test_the_folder_is_small():
     assert len(LOGS) > 40
-    assert sum(path.stat().st_size for path in RESULTS.iterdir() if path.is_file()) < 1_000_000
+    files = [path for path in RESULTS.iterdir() if path.is_file()]
+    sizes = {path: path.stat().st_size for path in files}
+    assert sum(size for path, size in sizes.items() if path.suffix != ".png") < 1_000_000
+    assert all(size < 250_000 for path, size in sizes.items() if path.suffix == ".png")
 
 
 # The tables
