@@ -223,7 +223,24 @@ def test_the_lines_are_those_of_the_log(default_page, title, number, key, label)
     xs, ys = zip(*lines_of(figure)[number])
     assert_affine(xs, [row["update"] for row in rows])
     assert_affine(ys, values)
+    assert xs[0] < xs[-1] and ys[values.index(max(values))] <= ys[values.index(min(values))]
     assert f">{label.format(values[-1])}<" in figure
+
+
+@pytest.mark.parametrize("title, key", [(t, k) for t, n, k, _ in CHARTED if n == 0])
+def test_the_ticks_stand_where_their_values_are_drawn(default_page, title, key):
+    rows = rows_of("ppo-seed100.jsonl")
+    values = [key(row) if callable(key) else row[key] for row in rows]
+    figure = figures(default_page)[title]
+    drawn = [y for _, y in lines_of(figure)[0]]
+    low, high = values.index(min(values)), values.index(max(values))
+    slope = (drawn[high] - drawn[low]) / (values[high] - values[low])
+    upper = figure.split('class="line')[0]   # of two panels the first
+    found = re.findall(r'y="([\d.]+)" text-anchor="end">([-\d.]+)(%?)<', upper)
+    assert len(found) >= 2
+    for y, number, percent in found:
+        value = float(number) / (100 if percent else 1)
+        assert abs(float(y) - 4 - drawn[low] - slope * (value - values[low])) < 0.2
 
 
 def test_the_end_rate_is_the_share_of_responses_with_an_end():
