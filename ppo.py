@@ -311,8 +311,7 @@ def main(cfg):
         write_rollout(out / f"{cfg.name}-rollout.jsonl", b, rewards, advantages, batch, enc, gold,
                       update=update, beta=state["beta"])
         if cfg.target_kl and update > cfg.value_warmup:   # the policy had moved before this rollout
-            kl = row["objective/kl"]
-            state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
+            state["beta"] = adapt_beta(state["beta"], row["objective/kl"], cfg.target_kl, len(batch))
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed,
                    beta=cfg.beta)
     run.finish()
