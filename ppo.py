@@ -116,9 +116,8 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (1707.06347, eq. 7), mean over the masked tokens.
 
-    All (B, T-1) -> (loss, clip fraction). Once the ratio of a token passes 1 + clip (A > 0) or
-    1 - clip (A < 0), its loss is flat and has no gradient. A token that moved in the wrong
-    direction is not clipped, so that it can be corrected.
+    All (B, T-1) -> (loss, clip fraction). Once a ratio passes 1 + clip (A > 0) or 1 - clip (A < 0),
+    the token's loss is flat. One that moved in the wrong direction is not clipped: it is corrected.
     """
     mask = mask.float()
     ratio = torch.exp(torch.where(mask > 0, logprobs - old_logprobs, 0.0))    # (B, T-1)
@@ -311,7 +310,8 @@ def main(cfg):
         write_rollout(out / f"{cfg.name}-rollout.jsonl", b, rewards, advantages, batch, enc, gold,
                       update=update, beta=state["beta"])
         if cfg.target_kl and update > cfg.value_warmup:   # the policy had moved before this rollout
-            state["beta"] = adapt_beta(state["beta"], row["objective/kl"], cfg.target_kl, len(batch))
+            kl = row["objective/kl"]
+            state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
     gpt.save_model(out / f"{cfg.name}.pt", policy, enc, base["tokenizer"], seed=cfg.seed,
                    beta=cfg.beta)
     run.finish()
