@@ -7,6 +7,7 @@ ends the call, the query runs, its result takes the place of the call, and stder
     python chat.py                                             the best policy in OUT
     python chat.py --checkpoint out/tools/sft.pt               with the shop of lab/tool_use.py
     python chat.py --checkpoint out/tools/sft.pt --db my.db    with your own database
+    python chat.py --inspect                                   each token: policy, sft and score
     echo "What does the cow say?" | python chat.py             responses on stdout, notes on stderr
 
 The prompt is the whole conversation while it fits the context. Then the oldest turns are dropped;
@@ -42,6 +43,8 @@ class Config(BaseConfig):
     system: str = ""             # system message at the start
     temperature: float = 0.7     # 0 always takes the most likely token; 1 samples as in training
     max_new_tokens: int = 100    # longest piece of a response, in tokens
+    inspect: bool = False        # show the tokens of each response: log-probs (at temperature 1) of
+                                 # policy and OUT/sft.pt, KL penalty, score by OUT/reward.pt so far
 
 
 @torch.no_grad()
@@ -73,8 +76,10 @@ def held_back(text):
     return len(re.search(r"<<<.*|<{0,2}\Z", text, re.DOTALL)[0])
 
 
-def respond(model, enc, prompt, cfg, rng, db=None, on_query=None):
+def respond(model, enc, prompt, cfg, rng, db=None, on_query=None, on_token=None):
     """Yield the response to a prompt (ids) in pieces of text; on_query receives each tools.Query.
+
+    on_token receives each id that the model writes.
 
     Any special token ends the response. tools.respond_with_tools is the same loop for a batch; it
     cannot serve here, because a response must be shown while it grows.
@@ -90,6 +95,8 @@ def respond(model, enc, prompt, cfg, rng, db=None, on_query=None):
         shown = 0                               # number of its characters that are shown
         call = None
         for token in stream(model, ids, cfg.max_new_tokens, cfg.temperature, rng):
+            if on_token:
+                on_token(token)
             raw = decode_token(enc, token)
             if raw is None:
                 break
@@ -197,8 +204,8 @@ def note(text):
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def converse(model, enc, db, base, cfg, terminal):
-    """Read a line and respond, until the end of input or /quit."""
+def converse(model, enc, db, base, cfg, terminal, view=None):
+    """Read a line and respond, until the end of input or /quit; view shows the tokens (ids)."""
     rng = torch.Generator(model.wte.weight.device).manual_seed(cfg.seed)
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     for line in read_lines(terminal):
@@ -219,8 +226,9 @@ def converse(model, enc, db, base, cfg, terminal):
             continue
         text = ""
         queries = []
+        tokens = []
         try:
-            for piece in respond(model, enc, prompt, cfg, rng, db, queries.append):
+            for piece in respond(model, enc, prompt, cfg, rng, db, queries.append, tokens.append):
                 text += piece
                 print(printable(piece), end="", flush=True)
         except KeyboardInterrupt:   # at a terminal it stops the response, not the chat
@@ -229,6 +237,8 @@ def converse(model, enc, db, base, cfg, terminal):
         print(flush=True)
         for query in queries:
             note(f"    {query.statement} -> {query.result}")
+        if view and not queries:   # with results in between, the tokens are not the response
+            print(view(prompt, tokens), file=sys.stderr, flush=True)
         messages = [] if base else [*asked, {"role": "assistant", "content": text}]
 
 
@@ -238,6 +248,10 @@ def main(cfg):
     model, enc, path, base = load_policy(cfg, pick_device(cfg.device))
     shop = Path(cfg.db) if cfg.db else path.with_name("shop.db")
     db = tools.open_database(shop) if cfg.db or shop.exists() else None
+    view = None
+    if cfg.inspect:
+        from lab.tokens import Inspector   # lazy: it needs the reward model
+        view = Inspector(cfg.out, model, enc, colour=sys.stderr.isatty())
     terminal = sys.stdin.isatty()
     for stdio in (sys.stdin, sys.stdout):   # pipes are UTF-8; invalid bytes do not end the chat
         stdio.reconfigure(encoding=None if stdio.isatty() else "utf-8", errors="replace")
@@ -246,7 +260,7 @@ def main(cfg):
     if base:
         note(f"{path} is a base model: it continues each line and knows no turns")
     try:
-        converse(model, enc, db, base, cfg, terminal)
+        converse(model, enc, db, base, cfg, terminal, view)
     except KeyboardInterrupt:
         if not terminal:
             sys.exit(130)

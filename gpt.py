@@ -326,8 +326,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
 def token_logprobs(model, ids, temperature=1.0, mask=None, states=None, parts=1):
     """Return log p(ids[:, t+1] | ids[:, :t+1]) at index t, fp32: (B, T) -> (B, T-1).
 
-    With a mask (B, T-1), compute it only where it is 1, else return 0. states: model.hidden(ids);
-    parts: see in_parts, without states.
+    With a mask (B, T-1), it is 0 elsewhere. states: model.hidden(ids). parts: see in_parts.
     """
     mask = torch.ones_like(ids[:, 1:]).bool() if mask is None else mask.bool()
     if parts > 1:

@@ -40,6 +40,7 @@ import reward
 import sft
 from data import corpus
 from data.formats import load_grader, load_prompts, mean_grade
+from data.rollouts import write_rollout
 from data.text import checkpoint_text, draw_rows, pad, predicted, text_files
 from data.tokenizer import end_of, fingerprint
 from scaffold.cli import RunConfig, UserError, check_name, pick_device, require, run_folder, start
@@ -76,7 +77,7 @@ class Config(RunConfig):
     max_new_tokens: int = 48     # longest response
     offline: bool = False        # sample from the SFT model instead; metrics are of its samples
     gold: str = "data.village:gold"   # module:function, the true grade of a response; logged only
-    table: bool = True           # end with the results table of evaluate.py
+    table: bool = True           # end with evaluate.py's table and the page of lab/report.py
     save_every: int = 5          # updates between saves of the training state; 0: on Ctrl-C only
 
 
@@ -115,9 +116,8 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (1707.06347, eq. 7), mean over the masked tokens.
 
-    All (B, T-1) -> (loss, clip fraction). Once the ratio of a token passes 1 + clip (A > 0) or
-    1 - clip (A < 0), its loss is flat and has no gradient. A token that moved in the wrong
-    direction is not clipped, so that it can be corrected.
+    All (B, T-1) -> (loss, clip fraction). Once a ratio passes 1 + clip (A > 0) or 1 - clip (A < 0),
+    the token's loss is flat. One that moved in the wrong direction is not clipped: it is corrected.
     """
     mask = mask.float()
     ratio = torch.exp(torch.where(mask > 0, logprobs - old_logprobs, 0.0))    # (B, T-1)
@@ -307,6 +307,8 @@ def main(cfg):
             row["objective/gold"] = mean_grade(gold, batch, texts)
         run.log(**row)
         warn_once(run, row, state, cfg)
+        write_rollout(out / f"{cfg.name}-rollout.jsonl", b, rewards, advantages, batch, enc, gold,
+                      update=update, beta=state["beta"])
         if cfg.target_kl and update > cfg.value_warmup:   # the policy had moved before this rollout
             kl = row["objective/kl"]
             state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(batch))
@@ -320,10 +322,9 @@ def main(cfg):
     after = sft.sample_responses(policy, enc, shown, cfg.max_new_tokens, seed=cfg.seed)
     print_samples(shown, before, after)
     print(f"---\nsaved {out / cfg.name}.pt; next: python chat.py --out {out}")
-    if village and gold and cfg.table:
-        import evaluate   # lazy: a later stage, which only the closing table needs
-        print("--- on prompts of users that no stage has seen")
-        evaluate.main(evaluate.Config(out=cfg.out, device=cfg.device))
+    if cfg.table:
+        from lab import report   # lazy: it needs all stages
+        report.after_training(cfg, graded=village and gold)
 
 
 if __name__ == "__main__":

@@ -179,18 +179,17 @@ def batch_loss(model, comparisons, device, cfg):
     rows = [ids for c in comparisons for ids in c.rows]
     lengths = torch.tensor([len(r) for r in rows], device=device)             # (sum of K,)
     ids = pad(rows).to(device)                                                # (sum of K, T)
-    if cfg.loss == "ranking":
-        flat = in_parts(model.score, cfg.grad_accum, ids, lengths)            # (sum of K,)
-        scores = pad(list(flat.split([len(c.rows) for c in comparisons])))    # (B, K)
-        ranks = rank_tensor([c.record["ranks"] for c in comparisons]).to(device)
-        return global_mean(ranking_loss(scores, ranks), len(comparisons))     # each has one
+    if cfg.loss == "token-margin":
+        scores = in_parts(model, cfg.grad_accum, ids)                         # (sum of K, T)
+        better, worse, mask = aligned(scores, comparisons)                    # (pairs, T) each
+        return global_mean(token_margin_loss(better, worse, mask, cfg.margin), mask.sum())
+    flat = in_parts(model.score, cfg.grad_accum, ids, lengths)                # (sum of K,)
     if cfg.loss == "regression":
         wanted = torch.cat([targets(c.record) for c in comparisons]).to(device)
-        flat = in_parts(model.score, cfg.grad_accum, ids, lengths)            # (sum of K,)
         return global_mean(F.mse_loss(flat, wanted), len(wanted))
-    scores = in_parts(model, cfg.grad_accum, ids)                             # (sum of K, T)
-    better, worse, mask = aligned(scores, comparisons)                        # (pairs, T) each
-    return global_mean(token_margin_loss(better, worse, mask, cfg.margin), mask.sum())
+    scores = pad(list(flat.split([len(c.rows) for c in comparisons])))        # (B, K)
+    ranks = rank_tensor([c.record["ranks"] for c in comparisons]).to(device)
+    return global_mean(ranking_loss(scores, ranks), len(comparisons))         # each has one
 
 
 def normalise(model, policy, enc, records, cfg):
@@ -234,8 +233,8 @@ def probe(path, reward_path, device):
         raise UserError(f"{reward_path} is missing; make it with: "
                         f"python reward.py --out {reward_path.parent}")
     model, enc = load_reward(reward_path, device)
-    comparisons = tokenize(load_comparisons(path), sft.render_prompt, enc,
-                           model.body.config.block_size)
+    T = model.body.config.block_size
+    comparisons = tokenize(load_comparisons(path), sft.render_prompt, enc, T)
     print_probes([c.record for c in comparisons], score_all(model, comparisons, device))
 
 

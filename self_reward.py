@@ -337,6 +337,10 @@ def load_prompts(cfg, out, enc, room):
     if not cfg.prompts:
         cfg.test = cfg.test or str(out / "data" / "prompts_test.jsonl")
     pool, test = formats.load_val(pool, cfg.test, load, cfg.seed)
+    asked = min(cfg.n_prompts, len(pool)) if pool else cfg.n_prompts
+    if asked < cfg.batch_pairs:
+        raise UserError(f"a round would ask {asked} prompts, each for at most one pair, but a step "
+                        f"takes {cfg.batch_pairs}: bring more prompts, or lower --batch-pairs")
     return test[:cfg.n_test], pool
 
 

@@ -208,7 +208,10 @@ def load_val(train, path, load, seed):
         return train, load(path)
     n = len(train)
     train, val = split_by_user(train, seed=seed)
-    print(f"{len(val):,} of {n:,} records are for validation: {split_names(train, val)[1]}")
+    if len(val) == n:
+        print("warning: with a single prompt, validation repeats the training data")
+    else:
+        print(f"{len(val):,} of {n:,} records are for validation: {split_names(train, val)[1]}")
     return train, val
 
 

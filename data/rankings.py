@@ -137,14 +137,16 @@ def report(name, comparisons, scores, words, gold):
 
     words: word_scores; gold: the grader, or None. length_alone is the accuracy of preferring the
     longer response, and gold_program that of the grader. accuracy_against_gold compares the scores
-    with the grader.
+    with the grader. distance_n counts only pairs whose ranks differ by n, if there are any.
     """
     ranks = [c.record["ranks"] for c in comparisons]
     accuracy, pairs = pair_accuracy(scores, ranks)
     row = dict(split=name, prompts=len(comparisons), pairs=pairs, accuracy=accuracy)
-    row["distance_1"] = pair_accuracy(scores, ranks, lambda d: d == 1)[0]
-    row["distance_2"] = pair_accuracy(scores, ranks, lambda d: d == 2)[0]
-    row["distance_3+"] = pair_accuracy(scores, ranks, lambda d: d > 2)[0]
+    distances = {"1": lambda d: d == 1, "2": lambda d: d == 2, "3+": lambda d: d > 2}
+    for distance, condition in distances.items():
+        accuracy, n = pair_accuracy(scores, ranks, condition)
+        if n:
+            row[f"distance_{distance}"] = accuracy
     row["length_alone"] = pair_accuracy([[len(r) for r in c.rows] for c in comparisons], ranks)[0]
     counts = [[sum(words.get(t, 0) for t in r[c.start:].tolist()) for r in c.rows]
               for c in comparisons]

@@ -478,6 +478,51 @@ def table_h_optimizers():
     return markdown(["optimizer", *[f"seed {row['seed']}" for row in rows[:3]]], lines)
 
 
+def table_h_memory():
+    """Return the peak memory of a step of each stage, before and after, and in parts."""
+    rows = read_rows("memory.jsonl")
+    before, after = dict.fromkeys(row["commit"] for row in rows)
+    peaks = {(row["commit"], row["stage"], row["parts"]): f"{row['peak_gb']:.1f}" for row in rows}
+    cells = [(before, 1), (after, 1), (after, 4)]
+    lines = [[stage, *[peaks.get((commit, stage, parts), "-") for commit, parts in cells]]
+             for stage in dict.fromkeys(row["stage"] for row in rows)]
+    heads = ["one step of", f"{before}, GB", f"{after}, GB", "with `--grad-accum 4`, GB"]
+    return markdown(heads, lines)
+
+
+REAL_REWARDS = {"the default": "", "`--epochs 1`": "-epochs1", "`--no-logprobs`": "-no-logprobs"}
+REAL_COLUMNS = [
+    Mean("reward", "reward"),
+    Mean("reward wins vs sft", "reward_win_rate", "{:.0%}"),
+    Mean("ended", "end_rate", "{:.0%}"),
+    Mean("KL", "kl_to_sft", "{:.1f}"),
+    Mean("LM loss", "lm_loss"),
+    Mean("length", "length", "{:.0f}"),
+]
+
+
+def table_i_rewards():
+    """Return the accuracy of reward models on pairs of people, with 95% intervals."""
+    lines = []
+    for name, suffix in REAL_REWARDS.items():
+        train, val = read_rows(f"real-pairs-reward{suffix}.jsonl")
+        p, n = val["accuracy"], val["pairs"]
+        half = 1.96 * (p * (1 - p) / n) ** 0.5
+        held_out = f"{p:.3f} ({p - half:.3f} to {p + half:.3f})"
+        baselines = [f"{val[key]:.3f}" for key in ("length_alone", "word_counts")]
+        lines.append([name, f"{train['accuracy']:.3f}", held_out, *baselines, str(n)])
+    heads = ["reward model", "training pairs", "held-out pairs", "length alone", "word counts",
+             "pairs"]
+    return markdown(heads, lines)
+
+
+def table_i_policies():
+    """Return the policies tuned on pairs of people, measured without a grader."""
+    rows = [row for row in read_rows("real-pairs-eval.jsonl") if row["stage"] != "reward"]
+    lines = [[row["stage"], *[column.cell([row]) for column in REAL_COLUMNS]] for row in rows]
+    return markdown(["", *[column.head for column in REAL_COLUMNS]], lines)
+
+
 def table_commits():
     """Return which files were made where: one line for each commit and machine."""
     files = {}
@@ -510,6 +555,9 @@ def tables():
         "H, peers": table_h_peers(),
         "H, chain": table_h_chain(),
         "H, optimizers": table_h_optimizers(),
+        "H, memory": table_h_memory(),
+        "I, rewards": table_i_rewards(),
+        "I, policies": table_i_policies(),
         "commits": table_commits(),
     }
 

@@ -9,18 +9,13 @@ import json
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from scaffold.record import git
+
 HEADER = ("commit", "dirty", "seed", "settings", "machine")
-
-
-def git(*arguments):
-    """Run git in this repository -> CompletedProcess."""
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def machine():

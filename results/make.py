@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from results.keep import ROOT, header, publish
+from results.keep import header, publish
 from scaffold.cli import UserError, require, start
+from scaffold.record import ROOT
 from scaffold.run import lock, unlock
 
 

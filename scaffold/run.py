@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from scaffold.cli import UserError, brief, run_folder
 from scaffold.distributed import all_reduce_mean, average_gradients, barrier, rank, world_size
+from scaffold.record import describe, record_path, write_record
 
 try:
     import fcntl
@@ -215,7 +216,8 @@ def ensure_stage(path, stage, cfg, **settings):
     if state.exists() and not resume:
         raise UserError(f"{state}: a run stopped here; continue it with --resume (with "
                         f"its settings: python {name}.py --resume ...), or delete this file")
-    print(f"{path} is missing: running {name}.py first")
+    how = "" if settings else ", with its default settings and data"
+    print(f"{path} is missing: running {name}.py first{how}")
     stage.main(stage.Config(out=str(path.parent), seed=cfg.seed, device=cfg.device, resume=resume,
                             **settings))
 
@@ -311,7 +313,7 @@ def announce_retraining(path):
 
 
 class Run:
-    """One training run in the folder cfg.out, with its log NAME.jsonl and its state NAME.state.
+    """One training run in the folder cfg.out: log NAME.jsonl, state NAME.state, NAME.run.json.
 
     cfg     has out, save_every, resume, and the settings that a resumed run must share
     inputs  files and folders the run reads; a resumed run must find them unchanged
@@ -332,6 +334,9 @@ class Run:
         self.stop = False
         self.path = folder / f"{name}.state"
         self.log_path = folder / f"{name}.jsonl"
+        self.record_path = record_path(folder, name)
+        self.cfg = cfg
+        self.inputs = [path for path in inputs if path]
         excluded = ("out", "resume", "save_every", "device")
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
         read = {Path(path) for path in inputs if path}   # of these only the content counts
@@ -357,6 +362,8 @@ class Run:
                 announce_retraining(made)
                 if self.log_path.exists() and not self.path.exists():   # the log of that checkpoint
                     os.replace(self.log_path, older(self.log_path))
+                    if self.record_path.exists():
+                        os.replace(self.record_path, older(self.record_path))
             if self.path.exists():
                 print(f"discarding {self.path} of an unfinished run; --resume would continue it")
             self.delete_states()
@@ -432,6 +439,13 @@ class Run:
                         log_bytes=log_bytes, random=random_states(), seconds=self.seconds(),
                         parts=parts)
         self.saved_at = self.step
+        self.write_record()
+
+    def write_record(self, finished=False):
+        """Write what scaffold/record.py describes, with the time so far."""
+        if rank() == 0:
+            write_record(self.record_path,
+                         self.record | dict(seconds=self.seconds(), finished=finished))
 
     def put_back(self, n):
         """Restore the loaded state in place and cut the log back to it.
@@ -485,6 +499,10 @@ class Run:
 
     def steps(self, n):
         """Yield the numbers of the remaining steps up to n; save the state between two of them."""
+        device = next((p.device for part in self.parts.values() if isinstance(part, nn.Module)
+                       for p in part.parameters()), "cpu")
+        inputs = {str(path): digest([path]) for path in self.inputs}
+        self.record = describe(self.cfg, device, world_size(), inputs, n)
         if self.resumed:
             self.put_back(n)
         else:
@@ -492,6 +510,7 @@ class Run:
                 self.log_path.unlink(missing_ok=True)
             if self.every:
                 self.save(n)
+        self.write_record()
         catching = self.catches_interrupts()
         if catching:
             signal.signal(signal.SIGINT, self.interrupt)
@@ -538,4 +557,5 @@ class Run:
         """Delete the states and unlock the folder; call it after writing the last checkpoint."""
         if rank() == 0:
             self.delete_states()
+        self.write_record(finished=True)
         unlock(self.path.parent)

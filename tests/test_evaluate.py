@@ -111,8 +111,9 @@ def test_ppo_ends_with_the_table_that_evaluate_prints(tmp_path, capsys):
         out=str(out), seed=3, updates=1, rollout_size=4, epochs=1, minibatches=1, value_warmup=0,
         max_new_tokens=4, ptx=0.0, lr=1e-2))
     _, printed = capsys.readouterr().out.split("no stage has seen\n")
-    evaluate.main(evaluate.Config(out=str(out)))
-    assert capsys.readouterr().out == printed
+    evaluate.main(evaluate.Config(out=str(out), save=str(tmp_path / "rows.jsonl")))
+    assert capsys.readouterr().out + f"wrote {out / 'report.html'}\n" == printed
+    assert (tmp_path / "rows.jsonl").read_bytes() == (out / "eval.jsonl").read_bytes()
     assert "right vs wrong" in printed
 
 

@@ -41,12 +41,14 @@ EXCEPTIONS = {
     ("data.labelers", "gpt"): "simulated labelers rank samples of the SFT model",
     ("data.labelers", "sft"): "the same",
     ("sft", "reward"): "--select reward",
-    ("ppo", "evaluate"): "the table at the end",
+    ("ppo", "lab.report"): "the table and the page at the end",
+    ("chat", "lab.tokens"): "--inspect",
     ("self_instruct", "lab.instruction_quality"): "measures of the tasks it made",
     ("self_reward", "lab.judge_quality"): "measures of its table",
 }
 REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
-OPTIONAL = {"safetensors", "tokenizers", "matplotlib"}  # imported only where a user asks for them
+# imported only where a user asks for them
+OPTIONAL = {"safetensors", "tokenizers", "matplotlib", "wandb"}
 
 
 class Import(NamedTuple):

@@ -9,23 +9,28 @@ import shutil
 import statistics
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from results import figures, keep, make
+from results import figures, keep, make, real
+from scaffold import record
 from scaffold.cli import UserError, parse
-from tiny import ROOT
+from tiny import ROOT, write_jsonl
 
 RESULTS = ROOT / "results"
 LOGS = sorted(RESULTS.glob("*.jsonl"))
 STEPS = make.all_steps()
-MADE = {name: step for step in STEPS for name in step.files}    # file -> what makes it
+REAL_STEPS = real.all_steps(Path("real"))
+MADE = {name: step for step in [*STEPS, *REAL_STEPS] for name in step.files}   # file -> its step
 
 BY_HAND = {                     # no step makes them, and their seeds are below 100
     "bench": "speed, beside programs that are not installed here",
     "chain": "speed of two commits",
+    "memory": "two commits",
     "optimizer": "settings were chosen with these runs, so their seeds are not reported ones",
     "optimizer-sweep": "the same",
+    "real-seed-tasks": "counts, by results/real.py",
     "real-text": "a text that is not in this repository",
 }
 
@@ -87,7 +92,10 @@ def test_a_published_log_has_nothing_to_leave_out(path):
 
 def test_the_folder_is_small():
     assert len(LOGS) > 40
-    assert sum(path.stat().st_size for path in RESULTS.iterdir() if path.is_file()) < 1_000_000
+    files = [path for path in RESULTS.iterdir() if path.is_file()]
+    sizes = {path: path.stat().st_size for path in files}
+    assert sum(size for path, size in sizes.items() if path.suffix != ".png") < 1_000_000
+    assert all(size < 250_000 for path, size in sizes.items() if path.suffix == ".png")
 
 
 # The tables
@@ -251,18 +259,18 @@ def test_the_first_line_names_no_machine_and_no_place():
     ("README.md", False),
 ])
 def test_dirty_means_that_the_code_differs_from_the_commit(tmp_path, monkeypatch, path, dirty):
-    monkeypatch.setattr(keep, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / path).write_text("1")
     assert keep.header(100, "")["commit"] is None        # no repository yet
     for command in ("init", "add .", "-c user.name=a -c user.email=a commit -m a"):
-        assert keep.git(*command.split()).returncode == 0
+        assert record.git(*command.split()).returncode == 0
     (tmp_path / "notes").write_text("untracked")
     assert not keep.header(100, "")["dirty"]
     (tmp_path / path).write_text("2")
     first = keep.header(100, "")
     assert first["dirty"] == dirty
-    assert keep.git("rev-parse", first["commit"]).returncode == 0
+    assert record.git("rev-parse", first["commit"]).returncode == 0
 
 
 # make.py: the steps
@@ -480,3 +488,38 @@ def test_make_sh_makes_the_files_and_then_the_tables(tmp_path, failing):
     assert calls[0] == "results/make.py --jobs 3"
     assert calls[1:] == ([] if failing else ["results/figures.py"])
     assert done.returncode == (2 if failing else 0)
+
+
+# real.py
+
+
+def test_pairs_of_one_first_question_are_in_one_part():
+    def pair(question, rest):
+        return {"chosen": f"\n\nHuman: {question}\n\nAssistant: {rest}", "rejected": "no"}
+
+    held_out = [{real.is_held_out(pair(f"question {i}?", rest)) for rest in ("a", "b\n\nHuman: c")}
+                for i in range(200)]
+    assert all(len(parts) == 1 for parts in held_out)
+    assert 20 < sum(parts == {True} for parts in held_out) < 60   # a fifth
+
+
+def test_seed_tasks_are_filtered_against_those_before(tmp_path):
+    def task(instruction, output="yes"):
+        instances = [{"input": "", "output": output}]
+        return {"instruction": instruction, "is_classification": False, "instances": instances}
+
+    instructions = [f"Tell me what the {animal} likes to eat {time}."
+                    for animal, time in zip("cow dog hen cat pig fox owl".split(), "abcdefg")]
+    tasks = [*map(task, instructions), task(instructions[0]), task("Too short."),
+             task("Write a list of foods that the cow likes:", "Here they are:")]
+    write_jsonl(tmp_path / "seeds.jsonl", *tasks)
+    row = real.filter_seed_tasks(tmp_path / "seeds.jsonl")
+    assert sum(row["instructions"].values()) == sum(row["instances"].values()) == 10
+    assert row["instructions"]["short"] == 1
+    assert row["instructions"]["rouge"] >= 1
+    assert row["instances"] == {"kept": 9, "ends with a colon": 1}
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="input.txt is missing; see --help"):
+        real.main(real.Config(files=str(tmp_path)))

@@ -584,6 +584,13 @@ def test_report_by_hand():
     })
 
 
+def test_distances_without_a_pair_are_not_reported():
+    pairs = [comparison([1, 2], [3, 2], 2), comparison([2, 1], [1, 4], 1)]
+    row = report("x", pairs, [[0.0, 1.0], [5.0, 6.0]], {}, None)
+    assert [name for name in row if name.startswith("distance")] == ["distance_1"]
+    assert row["distance_1"] == row["accuracy"] == 1 / 2
+
+
 def test_no_agreement_is_reported_without_pairs_or_without_a_second_labeler():
     comparisons = two_labelers()
     for c in comparisons:

@@ -528,7 +528,7 @@ def test_a_new_run_keeps_nothing_of_the_one_before(whole, tmp_path, at):
     """Neither its log, even if the new one is killed before it saves again, nor its states."""
     killed(tmp_path, 14, lr=1e-3)
     killed(tmp_path, at)
-    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.state"}
+    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.run.json", "small.state"}
     assert same(small(tmp_path, resume=True), whole)
     killed(tmp_path, 14)
     killed(tmp_path, 2, save_every=0)
@@ -637,7 +637,7 @@ def test_ctrl_c_in_the_last_step_lets_the_run_finish(tmp_path):
 
 def test_save_every_0_leaves_no_state(tmp_path):
     killed(tmp_path, 9, save_every=0)
-    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl", "small.run.json"}
 
 
 FULL_DISK = """
@@ -843,7 +843,9 @@ def test_ensure_stage_runs_only_a_missing_stage(tmp_path, capsys):
     ensure_stage(path, stage, cfg, steps=7)
     want = dict(out=str(tmp_path), seed=3, device="cpu", resume=True, steps=7)
     assert [vars(c) for c in stage.configs] == [want]
-    assert f"{path} is missing: running stage.py first" in capsys.readouterr().out
+    assert f"{path} is missing: running stage.py first\n" == capsys.readouterr().out
+    ensure_stage(path, Stage(), cfg)
+    assert "first, with its default settings and data\n" in capsys.readouterr().out
     path.touch()
     ensure_stage(path, stage, cfg)
     assert len(stage.configs) == 1

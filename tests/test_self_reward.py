@@ -543,20 +543,31 @@ def test_a_judge_that_never_writes_a_score_ends_the_run(files, tmp_path, capsys)
     assert not (tmp_path / "self_reward" / "M2.pt").exists()
 
 
-@pytest.mark.parametrize("settings, cause", [
-    (dict(pairs="judge"), "the judge no longer sees a difference; try a lower --batch-pairs"),
-    (dict(pairs="judge", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
-    (dict(pairs="random", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
-    (dict(pairs="gold", batch_pairs=17), "bring more prompts, or lower --batch-pairs"),
+@pytest.mark.parametrize("pairs, n, cause", [
+    ("judge", 16, "the judge no longer sees a difference; try a lower --batch-pairs"),
+    ("judge", 7, "bring more prompts, or lower --batch-pairs"),
+    ("random", 7, "bring more prompts, or lower --batch-pairs"),
+    ("gold", 7, "bring more prompts, or lower --batch-pairs"),
 ])
-def test_a_round_with_few_pairs_says_why(files, tmp_path, monkeypatch, capsys, settings, cause):
-    """It has 16 prompts. Only a judge that judged enough prompts is said to see no difference."""
+def test_a_round_with_few_pairs_says_why(files, tmp_path, monkeypatch, capsys, pairs, n, cause):
+    """A step takes 8. Only a judge that judged enough prompts is said to see no difference."""
     def judge(model, enc, prompts, responses, cfg, seed):
         return [[5.0] * len(row) for row in responses], 1.0
 
     monkeypatch.setattr(self_reward, "judge", judge)
-    run(files, tmp_path, iterations=1, **settings)
+    monkeypatch.setattr(self_reward, "new_prompts", lambda cfg, t, seed, pool, *_: pool[:n])
+    run(files, tmp_path, iterations=1, pairs=pairs)
     assert f"and the run ends here: {cause}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_prompts, asked", {7: 7, 1000: 36}.items())
+def test_too_few_prompts_for_a_step_stop_the_run_before_it_trains(
+    files, tmp_path, n_prompts, asked
+):
+    """The file has 40 prompts, and four are held out."""
+    with pytest.raises(UserError, match=f"a round would ask {asked} prompts.* takes 39"):
+        run(files, tmp_path, n_prompts=n_prompts, batch_pairs=39)
+    assert {p.name for p in tmp_path.iterdir()} == {"gpt.pt"}
 
 
 def test_gold_pairs_never_contradict_gold(files, tmp_path, monkeypatch):
