@@ -82,7 +82,7 @@ A1 = Assignment(
             Concept("the frame", 3, "log p(ids[:, t+1] | ids[:, :t+1]) at index t", SHIFTED),
             Concept("temperature", 1, "temperature=1.0",
                     "val/ratio_first is not 1 as soon as the temperature is not 1."),
-            Concept("the mask", 2, "compute it only where it is 1, else return 0", PADDING),
+            Concept("the mask", 2, "With a mask (B, T-1), it is 0 elsewhere", PADDING),
             Concept("parts", 1, "parts: see in_parts", "--grad-accum changes the numbers."),
             Concept("states are used", 1, "states: model.hidden(ids)",
                     "The reward model computes everything twice."),
@@ -342,7 +342,7 @@ A8 = Assignment(
         Part("policy_loss", "ppo.py", {"policy_loss": "mask = mask.float()"}, (
             Concept("the surrogate", 3, "PPO's clipped surrogate (1707.06347, eq. 7)",
                     "With a wrong sign the score falls; with a wrong clip the KL runs away."),
-            Concept("clipped tokens have no gradient", 2, "its loss is flat and has no gradient",
+            Concept("clipped tokens have no gradient", 2, "the token's loss is flat",
                     "policy/approxkl_avg grows within an update; the KL runs away."),
             Concept("the ratio is 1 at first", 1, "All (B, T-1) -> (loss, clip fraction)",
                     "val/ratio_first is not 1."),

@@ -17,12 +17,15 @@ from course import sheet as sheets
 from scaffold.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+LABS = [f"lab/{name}.py" for name in (   # what the scripts import
+    "instruction_quality", "judge_quality", "report", "charts", "healthy", "replay", "run_files",
+    "samples", "tokens")]
 ALLOWED = ["LICENSE", "conftest.py", "gpt.py", "sft.py", "reward.py", "gae.py", "ppo.py", "dpo.py",
            "evaluate.py", "self_instruct.py", "self_reward.py", "tools.py", "chat.py", "data/*.py",
-           "data/tokenizer.json", "data/README.md", "scaffold/*.py", "lab/instruction_quality.py",
-           "lab/judge_quality.py", "course/kit.py", "course/grader.py", "course/child.py",
-           "course/probes.py", "course/tasks.py", "tests/tiny.py", "tests/test_tokenizer.py",
-           "tests/test_table.py", "tests/test_encodings.py"]
+           "data/tokenizer.json", "data/README.md", "scaffold/*.py", *LABS, "course/kit.py",
+           "course/grader.py", "course/child.py", "course/probes.py", "course/tasks.py",
+           "tests/tiny.py", "tests/test_tokenizer.py", "tests/test_table.py",
+           "tests/test_encodings.py"]
 # Statements of the solution that other code in the handout has for reasons of its own.
 IDIOMS = {"for layer , kv in enumerate ( self . kv ) :",
           "starts = torch . tensor ( [ len ( p ) for p in prompts ] , device = device )",
@@ -208,7 +211,9 @@ def readme(sheet):
             lines += ["", "Numbers to reproduce; other seeds and machines fall into the band:", ""]
             lines += [f"- {number}" for number in a["numbers"]]
         lines.append("")
-    return "\n".join(lines)
+    whole = (ROOT / "README.md").read_text(encoding="utf-8")
+    healthy = re.search(r"^## Is my PPO run healthy\?.*?(?=^## )", whole, re.M | re.S)
+    return "\n".join(lines) + "\n" + healthy[0].rstrip() + "\n"
 
 
 def requirements():

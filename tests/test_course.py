@@ -20,6 +20,7 @@ from course.assignments import ASSIGNMENTS, HUNT
 from course.mistakes import MISTAKES
 from scaffold.cli import UserError
 from tiny import ROOT
+import test_layout
 
 CODED = [name for name, a in ASSIGNMENTS.items() if a.parts]
 PARTS = [part for a in ASSIGNMENTS.values() for part in a.parts]
@@ -520,7 +521,19 @@ def test_a_handout_parses_and_has_neither_answers_nor_history(made):
     text = files["README.md"].read_text(encoding="utf-8")
     assert "| `win_rate` | data/exam.py | ties count half | 2 |" in text
     assert "gold of best-of-16" in text
+    assert "| `val/ratio_first` |" in text   # the page of ppo.py reads this table, too
     assert "==" not in files["requirements.txt"].read_text(encoding="utf-8")
+
+
+def test_a_handout_has_every_module_that_it_imports(made):
+    """Also those that a script imports only at its end, such as the page of ppo.py."""
+    here = {p.relative_to(made).with_suffix("").as_posix().replace("/", ".")
+            for p in made.rglob("*.py")}
+    teachers = {"course.sheet", "course.handout", "course.assignments"}   # kit.py asks first
+    for name in sorted(here - {"conftest"}):
+        imported = test_layout.imports_of(made / (name.replace(".", "/") + ".py"))
+        wanted = {t for i in imported for t in test_layout.targets(i)} - teachers
+        assert wanted <= here, name
 
 
 def test_the_visible_tests_of_a_handout_fail_only_where_code_was_removed(made):

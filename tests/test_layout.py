@@ -12,7 +12,7 @@ from tiny import ROOT
 FOLDERS = ["scaffold", "data", "lab", "course", "results", "tests"]
 FILES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
-PAGES = ["README.md", *(f"{folder}/README.md" for folder in ("data", "results", "tests"))]
+PAGES = ["README.md", *(f"{f}/README.md" for f in ("data", "results", "tests", "course"))]
 
 # A module may import modules of a lower number, and modules of its own folder.
 RANKS = {
