@@ -518,6 +518,6 @@ HUNT = ("mask-early mask-late values-late end-masked missing-end-free top-k-roll
         "kl-sign kl-of-padding score-after-the-end ratio-inverse policy-sign critic-dead "
         "values-after-the-end rewards-shifted returns-are-rewards not-whitened ranking-sign "
         "score-one-early prompt-trained end-untrained reference-is-the-policy lr-never-set "
-        "gradients-kept causal-off").split()   # each is visible in a log
+        "gradients-kept causal-off").split()   # chosen because they should show in a log
 
 ASSIGNMENTS = {a.name: a for a in (A1, A2, A3, A4, A5, A6, A7, A8, A9, A10, A11, A12, A13, A14)}
