@@ -69,6 +69,11 @@ def field_help(cls):
     return texts
 
 
+def positional():
+    """Declare a field of a Config that is typed without its flag: python script.py VALUE."""
+    return dataclasses.field(default="", metadata={"positional": True})
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Raise UserError instead of printing the usage; suggest the nearest flag."""
 
@@ -90,7 +95,10 @@ def parse(cls, doc, argv=None):
     for f in dataclasses.fields(cls):
         flag = "--" + f.name.replace("_", "-")
         text = f"{texts[f.name]} [{f.default}]".replace("%", "%%")
-        if isinstance(f.default, bool):
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, nargs="?", default="", metavar=f.name.upper(),
+                                help=texts[f.name].replace("%", "%%"))
+        elif isinstance(f.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=text)
         else:
