@@ -32,7 +32,6 @@ Names are TRL's. These differ in meaning:
 import json
 import math
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -48,7 +47,8 @@ ATLAS = Path(__file__).parent.parent / "results" / "atlas.jsonl"
 ALIASES = {"reward": "objective/scores", "response_length": "objective/length",
            "policy_loss": "loss/policy_avg", "critic_loss": "loss/value_avg",
            "ppo_clip_ratio": "policy/clipfrac_avg", "actor_grad_norm": "policy/grad_norm"}
-MARKS = {"ppo": ("objective/scores", "policy/clipfrac_avg"), "dpo": ("rewards/margins", "eval_rewards/margins"),
+MARKS = {"ppo": ("objective/scores", "policy/clipfrac_avg"),
+         "dpo": ("rewards/margins", "eval_rewards/margins"),
          "training": ("loss", "train_loss", "accuracy")}   # metrics that tell the kind of a log
 SHARE = 0.5   # of the signs of a log and a bug that must agree for the bug to be named
 
@@ -323,16 +323,13 @@ def similar_bugs(names, atlas=ATLAS):
     """
     if not atlas.exists():
         return []
-    seen = defaultdict(list)
-    for row in read_log(atlas):
-        if "bug" in row:
-            seen[row["bug"]].append(set(row["signs"]))
     found = []
-    for bug, runs in seen.items():
-        usual = {s for s in set().union(*runs) if sum(s in run for run in runs) > len(runs) / 2}
+    for row in read_log(atlas):
+        runs = [set(run["signs"]) for run in row.get("runs", [])]
+        usual = {s for run in runs for s in run if sum(s in x for x in runs) > len(runs) / 2}
         share = len(usual & names) / max(1, len(usual | names))
         if share >= SHARE:
-            found.append((bug, share))
+            found.append((row["bug"], share))
     return sorted(found, key=lambda x: -x[1])
 
 
