@@ -262,8 +262,8 @@ def metrics_of(rows):
 def band(logs):
     """Return {metric: [(low, high)]}, one band for each time the metric is logged.
 
-    Its range over the logs and over REACH neighbours on both sides (none in short series), widened
-    by half its width on both sides.
+    Its range over the logs and over REACH neighbours on both sides, widened by half its width on
+    both sides. A short series has no neighbours; its range is widened by its whole width.
     """
     series = [metrics_of(rows) for rows in logs]
     found = {}
@@ -276,7 +276,8 @@ def band(logs):
             near = [x for one in values for x in one[max(0, t - reach):t + reach + 1]
                     if math.isfinite(x)]
             low, high = (min(near), max(near)) if near else (math.nan, math.nan)
-            margin = max((high - low) / 2, FLOOR * max(abs(low), abs(high)), 1e-6)
+            wider = (high - low) * (0.5 if reach else 1.0)
+            margin = max(wider, FLOOR * max(abs(low), abs(high)), 1e-6)
             found[name].append((low - margin, high + margin))
     return found
 
@@ -303,12 +304,16 @@ def picture(rows, bands):
 
 
 def exits(rows, bands):
-    """Return {metric: Exit} of the metrics that leave their bands, the first ones first."""
+    """Return {metric: Exit} of the metrics that leave their bands, the first ones first.
+
+    Of a long series, one value outside is noise, and two in a row are an exit; "!" always is.
+    """
     metrics = metrics_of(rows)
     found = {}
     for name, marks in picture(rows, bands).items():
-        n = next((n for n, mark in enumerate(marks) if mark != "."), None)
-        if n is not None:
+        left = re.search(r"!|[^.]" if len(marks) < 6 else r"!|[^.]{2}", marks)
+        if left:
+            n = left.start()
             at, value = metrics[name][n]
             found[name] = Exit(at, value, *bands[name][n])
     return dict(sorted(found.items(), key=lambda item: item[1].at))
