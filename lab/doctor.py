@@ -344,7 +344,7 @@ def main(cfg):
     if not found:
         print(f"{cfg.log}: healthy; {len(rows)} rows without a sign of trouble")
         return
-    print(f"{cfg.log}: {len(found)} signs of trouble in {len(rows)} rows")
+    print(f"{cfg.log}: signs of trouble in {len(rows)} rows")
     for sign in found.values():
         where = "over the run" if sign.at is None else f"from {sign.at}"
         print(f"  {sign.name} ({where}): {sign.line}")
