@@ -10,9 +10,9 @@ models take part:
 
     maximise  E[ r(x, y) - beta * log( pi(y|x) / pi_ref(y|x) ) ] + ptx * E_text[ log pi(text) ]
 
-(InstructGPT, eq. 2). One update: sample responses, score them, give each token a reward (a KL
-penalty; on the last token, the score too), estimate advantages A (gae.py), take a few epochs of
-clipped steps (PPO, 1707.06347, eq. 7):
+(InstructGPT, eq. 2). One update (lab/explain.py prints one): sample responses, score them, give
+each token a reward (a KL penalty; on the last token, the score too), estimate advantages A
+(gae.py), take a few epochs of clipped steps (PPO, 1707.06347, eq. 7):
 
     ratio  = pi_new(a|s) / pi_old(a|s)           s: the text so far, a: the next token
     loss   = -mean min( ratio * A, clip(ratio, 1-eps, 1+eps) * A )               eps: --clip

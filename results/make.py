@@ -120,12 +120,13 @@ def controls():
 
 
 def labs():
-    """Return the steps of the short experiments, with three seeds each, and of the cleaning."""
+    """Return the steps of the short experiments, with three seeds each, cleaning, and atlas."""
     run = f"seed{FIRST}"
     folder = f"{run}-labs"
     made = [Step(f"lab/{name}.py", "", FIRST, folder, {f"lab-{name}": f"lab-{name}"}, source=run)
             for name in LABS]
-    return [*made, Step("lab/cleaning.py", "", FIRST, folder, {"clean": "clean"}, source=run)]
+    return [*made, Step("lab/cleaning.py", "", FIRST, folder, {"clean": "clean"}, source=run),
+            Step("lab/break_it.py", "--atlas", FIRST, folder, {"atlas": "atlas"}, source=run)]
 
 
 def other_settings():

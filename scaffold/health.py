@@ -1,5 +1,6 @@
 """What PPO and DPO log, under TRL's names, and what a healthy PPO update looks like."""
 import sys
+from statistics import variance
 
 from scaffold.distributed import rank
 
@@ -13,14 +14,16 @@ def ppo_metrics(b, returns, stats, beta, lr, update):
     """Return one row of PPO's log. KL: nats per response.
 
     With --offline the responses are samples of the reference. Then objective/kl is -KL(ref || pi),
-    and the KL terms of non_score_reward and rlhf_reward have the wrong sign.
+    and the KL terms of non_score_reward and rlhf_reward have the wrong sign. lab/doctor.py lists
+    where TRL's metrics of these names differ.
     """
     mask = b.mask
     n = len(b.scores)
     kl = ((b.logprobs - b.ref_logprobs) * mask).sum(1)                        # (B,)
     mean = {k: sum(s[k] for s in stats) / len(stats) for k in stats[0]}
+    ratios = [s["ratio"] for s in stats]   # one per step of this update
     error = masked_mean((returns - b.values) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return {
         "update": update,
         "episode": (update + 1) * n,
@@ -38,11 +41,13 @@ def ppo_metrics(b, returns, stats, beta, lr, update):
         "loss/value_avg": mean["vf"],
         "policy/approxkl_avg": mean["approxkl"],
         "policy/clipfrac_avg": mean["clipfrac"],
+        "policy/entropy_avg": -masked_mean(b.logprobs, mask).item(),
         "policy/grad_norm": mean["norm"],
         "val/clipfrac_avg": mean["vclip"],
         "val/ratio": mean["ratio"],
+        "val/ratio_var": variance(ratios) if len(ratios) > 1 else 0.0,
         "val/ratio_first": stats[0]["ratio"],
-        "val/explained_variance": (1 - error / variance.clamp(min=1e-8)).item()}
+        "val/explained_variance": (1 - error / spread.clamp(min=1e-8)).item()}
 
 
 def dpo_metrics(policy, ref, loss, chosen, rejected):

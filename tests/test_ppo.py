@@ -934,13 +934,16 @@ def test_metrics_by_hand():
         "policy/approxkl_avg": 0.1,
         "policy/grad_norm": 4.0,
         "val/num_eos_tokens": 1,
+        "policy/entropy_avg": 2.0,
         "val/ratio": 1.25,
+        "val/ratio_var": 0.125,   # of 1 and 1.5, divided by n - 1, as TRL does
         "val/ratio_first": 1.0,
         "val/clipfrac_avg": 0.25,
         # Errors of 1, 0 and 2; the returns 2, 1 and 3 differ from their mean by 0, 1 and 1.
         "val/explained_variance": 1 - 5 / 2,
     }
     assert {k: row[k] for k in want} == pytest.approx(want)
+    assert health.ppo_metrics(b, returns, stats[:1], 0.1, 1e-3, 4)["val/ratio_var"] == 0
 
 
 # Prompts and checkpoints
