@@ -690,10 +690,10 @@ def test_this_prompt_is_nonsense(prompt):
 
 
 def test_the_prompts_to_try_in_the_readme_are_of_this_world():
-    _, after = (ROOT / "README.md").read_text(encoding="utf-8").split("Ten prompts to try")
+    _, after = (ROOT / "README.md").read_text(encoding="utf-8").split("Eight prompts to try")
     _, block, _ = after.split("```", 2)
     prompts = block.strip().split("\n")
-    assert len(prompts) == 10
+    assert len(prompts) == 8
     for prompt in prompts:
         assert tasks.read_prompt(prompt)["kind"] != "nonsense", prompt
 
