@@ -45,7 +45,7 @@ from data.exam import COLUMNS, grade_row, load_exam, mean_and_ci, ungraded_exam,
 from data.formats import write_records
 from data.probes import PROBE_COLUMNS, probe_pairs, probe_rates, probe_rows
 from data.text import text_if_there
-from data.tokenizer import end_of
+from data.tokenizer import end_of, fingerprint
 from scaffold.cli import BaseConfig, UserError, pick_device, require, start
 from scaffold.run import json_line, load_checkpoint, set_seed
 from scaffold.table import format_table
@@ -129,7 +129,7 @@ def evaluate(cfg):
     n = exam.n
     reward_model = None
     if (out / "reward.pt").exists():
-        reward_model = reward.load_reward(out / "reward.pt", device)[0]
+        reward_model = reward.load_reward(out / "reward.pt", device, enc)[0]
     text = text_if_there(out / "gpt.pt", enc, T)
     rows = []
 
@@ -151,7 +151,10 @@ def evaluate(cfg):
         rows.append(row | dict(kl_to_sft=kl, lm_loss=lm_loss, length=sum(lengths) / n))
 
     for stage, path in policies(out).items():
-        model, _, state = gpt.load_model(path, device)
+        model, own, state = gpt.load_model(path, device)
+        if fingerprint(own) != fingerprint(enc):
+            print(f"{path} has another tokenizer than sft.pt: left out", file=sys.stderr)
+            continue
         lm_loss = gpt.val_loss(model, text, enc, device)[0] if text else None
         if stage == "base":
             responses = base_responses(model, enc, chats, cfg.max_new_tokens, cfg.seed)

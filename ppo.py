@@ -42,7 +42,7 @@ from data import corpus
 from data.formats import load_grader, load_prompts, mean_grade
 from data.rollouts import write_rollout
 from data.text import checkpoint_text, draw_rows, pad, predicted, text_files
-from data.tokenizer import end_of, fingerprint
+from data.tokenizer import end_of
 from scaffold.cli import RunConfig, UserError, check_name, pick_device, require, run_folder, start
 from scaffold.distributed import (
     all_gather_ids, all_reduce_mean, global_mean, rank, rank0_first, shard, world_size)
@@ -249,11 +249,9 @@ def main(cfg):
     set_seed(cfg.seed)
     policy, enc, base = gpt.load_model(out / "sft.pt", device)
     reference = gpt.load_model(out / "sft.pt", device)[0].requires_grad_(False)
-    reward_model, reward_enc = reward.load_reward(out / "reward.pt", device)
+    reward_model = reward.load_reward(out / "reward.pt", device, enc)[0]
     reward_model.requires_grad_(False)
     value_model = reward.load_reward(out / "reward.pt", device)[0]
-    if fingerprint(enc) != fingerprint(reward_enc):
-        raise UserError(f"{out}: sft.pt and reward.pt differ in tokenizer; train reward.pt again")
     village = not cfg.prompts
     if village:
         folder = rank0_first(lambda: corpus.ensure(out / "data", cfg.seed))

@@ -36,7 +36,7 @@ from data.formats import load_comparisons, load_grader, load_val, mean_grade, sp
 from data.rankings import (
     aligned, print_probes, print_widest, report, targets, tokenize, word_scores)
 from data.text import batches, by_length, pad, sorted_batches
-from data.tokenizer import end_of
+from data.tokenizer import end_of, fingerprint
 from scaffold.cli import RunConfig, UserError, choose, pick_device, require, run_folder, start
 from scaffold.distributed import global_mean, rank0_first, shard
 from scaffold.optim import adamw, autocast, in_parts, lr_at
@@ -216,9 +216,14 @@ def normalise(model, policy, enc, records, cfg):
     model.std.fill_(std.clamp(min=0.1))
 
 
-def load_reward(path, device="cpu"):
-    """Read a reward model -> (RewardModel in eval mode, tokenizer). Raises UserError."""
+def load_reward(path, device="cpu", reads=None):
+    """Read a reward model -> (RewardModel in eval mode, tokenizer). Raises UserError.
+
+    reads: the tokenizer of the policy whose responses it is to read.
+    """
     body, enc, state = gpt.load_model(path, device)
+    if reads and fingerprint(enc) != fingerprint(reads):
+        raise UserError(f"{path}: it and sft.pt differ in tokenizer; train it again")
     model = RewardModel(body).to(device)
     try:
         model.load_state_dict(state["model"])
@@ -284,6 +289,7 @@ def main(cfg):
     if not records:
         raise UserError(f"{cfg.data}: no prompt fits the context of {tuned.config.block_size} "
                         f"tokens; pretrain with a larger --block-size")
+    gold = load_grader(cfg.gold, [c.record for c in train + val])
     set_seed(cfg.seed)   # again: making the rankings used random numbers
     model = RewardModel(body, enc.encode_single_token("<|assistant|>")).to(device)
     model.weight.requires_grad_(cfg.logprobs)
@@ -304,7 +310,6 @@ def main(cfg):
     normalise(model, tuned, enc, records, cfg)
     save_checkpoint(out / "reward.pt", model=model.state_dict(), gpt=base["gpt"], seed=cfg.seed,
                     loss=cfg.loss, **checkpoint.tokenizer_entries(enc, base["tokenizer"]))
-    gold = load_grader(cfg.gold, [c.record for c in train + val])
     words = word_scores(train)
     names = split_names([c.record for c in train], [c.record for c in val])
     rows = [report(name, comparisons, score_all(model, comparisons, device), words, gold)

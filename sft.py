@@ -225,7 +225,7 @@ def main(cfg):
             raise UserError(f"--select reward needs prompts that fit the context, and "
                             f"{out / 'reward.pt'}; train it first: python reward.py --out {out}")
         inputs.append(out / "reward.pt")
-        reward_model = reward.load_reward(out / "reward.pt", device)[0]
+        reward_model = reward.load_reward(out / "reward.pt", device, enc)[0]
         gold = load_grader(cfg.gold, prompts)
     rng = random.Random(cfg.seed)
     lengths = [len(e.ids) for e in examples]

@@ -14,6 +14,7 @@ from scaffold.cli import UserError, brief
 CHAT_KEYS = ("messages", "conversations", "conversation")
 PROMPT_KEYS = ("prompt", "instruction", "question", "query")
 INPUT_KEYS = ("input", "context")
+SYSTEM_KEYS = ("system", "system_prompt")
 RESPONSE_KEYS = ("output", "response", "answer", "completion")
 
 ROLES = {"system": "system", "developer": "system",
@@ -32,9 +33,9 @@ WITHOUT_INPUT = ["{instruction}",
 
 
 def find_key(record, keys):
-    """Return the first of these keys whose value is not null, else the first in the record."""
+    """Return the first of these keys that has a value, else the first in the record."""
     present = [key for key in keys if key in record]
-    filled = [key for key in present if record[key] is not None]
+    filled = [key for key in present if record[key] not in (None, "")]
     return next(iter(filled + present), None)
 
 
@@ -159,8 +160,8 @@ def prompt_of(messages):
 
 
 def with_system(messages, record, where):
-    """Put the record's column `system` before messages that have no system message yet."""
-    system = string_at(record, "system", where)
+    """Put the record's system column before messages that have no system message yet."""
+    system = string_at(record, find_key(record, SYSTEM_KEYS), where)
     if not system.strip() or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]

@@ -7,6 +7,7 @@ records of each.
     python data/corpus.py --out d1 --seed 1          other documents of the same world
 """
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from data.text import read_text, write_text
 from data.village import (FACTS, IGNORANCE, KINDS, LIFE, SHARES, STRANGER, TEACHER, WORDS,
                           Brainstorm, OpenQA, demonstration, new_task, picker, slots)
 from scaffold.cli import UserError, run_folder, start
+from scaffold.run import older
 
 
 @dataclass
@@ -237,6 +239,10 @@ def ensure(folder, seed=0):
     made = Path(folder) / "village.json"
     if not made.exists():
         print(f"no data in {folder}: writing the village there (seed {seed})")
+        for path in sorted(Path(folder).glob("*.jsonl")):   # a user's, or of a writing that stopped
+            if path.stem in SIZES:
+                os.replace(path, older(path))
+                print(f"{path} is kept as {older(path).name}")
         write(folder, seed)
         return Path(folder)
     folder = Path(folder)

@@ -337,6 +337,7 @@ class Run:
         self.record_path = record_path(folder, name)
         self.cfg = cfg
         self.inputs = [path for path in inputs if path]
+        self.check_inputs()
         excluded = ("out", "resume", "save_every", "device")
         self.settings = {k: str(v) for k, v in vars(cfg).items() if k not in excluded}
         read = {Path(path) for path in inputs if path}   # of these only the content counts
@@ -369,6 +370,14 @@ class Run:
             self.delete_states()
         if world_size() > 1:
             self.synchronise()
+
+    def check_inputs(self):
+        """Raise UserError if the run would write its log over a file that it reads."""
+        log = self.log_path.resolve()
+        for path in self.inputs:
+            if Path(path).resolve() in (log, *log.parents):
+                raise UserError(f"{path}: this run would write its log {self.log_path} over your "
+                                f"data; move them, or name another folder with --out")
 
     def delete_states(self):
         self.path.unlink(missing_ok=True)

@@ -243,3 +243,14 @@ def test_chats_from_a_table(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text("prompt,completion,system,user\nHi.,Hello.,,u1\nHi.,Hello.,Be kind.,\nHi.,,,\n")
     assert [(c["messages"], c["user"]) for c in load_chats(path)] == [(HI, "u1"), (KIND, None)]
+
+
+@pytest.mark.parametrize("record, want", [
+    ({"system_prompt": "Be kind.", "prompt": "Hi.", "completion": "Yo."}, "Be kind.|Hi.|Yo."),
+    ({"prompt": "Hi.", "input": "", "context": "Ann.", "output": "Yo."}, "Ann."),
+    ({"prompt": "", "question": "Who?", "response": "", "answer": "Me."}, "Me."),
+])
+def test_a_blank_column_does_not_hide_the_one_with_a_value(tmp_path, record, want):
+    path = write_jsonl(tmp_path / "x.jsonl", record)
+    text = "|".join(m["content"] for m in load_chats(path)[0]["messages"])
+    assert want in text

@@ -109,3 +109,13 @@ def test_damaged_data_is_named_with_what_to_delete(tmp_path, monkeypatch, name, 
     corpus.ensure(tmp_path, 3)
     assert path.read_bytes() != content
     corpus.ensure(tmp_path, 3)
+
+
+def test_files_of_a_user_with_the_village_s_names_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "write", lambda folder, seed: None)
+    (tmp_path / "sft_train.jsonl").write_text("mine")
+    (tmp_path / "chats.jsonl").write_text("mine, too")
+    corpus.ensure(tmp_path, 0)
+    kept = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert kept == {"sft_train.jsonl.old": "mine", "chats.jsonl": "mine, too"}
+    assert "sft_train.jsonl is kept as sft_train.jsonl.old" in capsys.readouterr().out

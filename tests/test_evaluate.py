@@ -14,14 +14,17 @@ import ppo
 import reward
 import sft
 from data import exam
+from data.checkpoint import tokenizer_entries
 from data.probes import KINDS, probe_pairs
+from data.tokenizer import get_tokenizer
 from data.village import new_task
 from lab_run import make_run
 from scaffold.cli import UserError
 from scaffold.run import load_checkpoint, save_checkpoint
 from scaffold.table import format_table
 from tiny import (
-    END, ENC, SPECIAL, Recorder, assistant, read_jsonl, save_reward, user, write_jsonl)
+    END, ENC, ROOT, SPECIAL, Recorder, assistant, read_jsonl, save_reward, user, write_jsonl,
+    write_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +213,32 @@ def test_response_logprobs_are_summed_over_the_response_and_its_end(folder):
 def test_a_folder_without_a_fine_tuned_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="sft.py"):
         evaluate.evaluate(evaluate.Config(out=str(tmp_path)))
+
+
+def with_other_tokenizer(path, tmp_path):
+    """Save a checkpoint again as one of a tokenizer whose last two tokens are swapped."""
+    ranks = json.loads((ROOT / "data" / "tokenizer.json").read_text())["ranks"]
+    other = write_tokenizer(tmp_path / "other.json", ranks=[*ranks[:-2], *reversed(ranks[-2:])])
+    save_checkpoint(path, **load_checkpoint(path) | tokenizer_entries(get_tokenizer(other), other))
+
+
+def test_a_policy_of_another_tokenizer_is_left_out(own, tmp_path, capsys):
+    with_other_tokenizer(own / "ppo.pt", tmp_path)
+    rows = evaluate.evaluate(evaluate.Config(out=str(own), best_of=0, max_new_tokens=4))
+    assert "ppo.pt has another tokenizer than sft.pt: left out" in capsys.readouterr().err
+    assert {"ppo", "ppo-greedy"}.isdisjoint(row["stage"] for row in rows)
+    assert "variant" in {row["stage"] for row in rows}
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(own, tmp_path):
+    with_other_tokenizer(own / "reward.pt", tmp_path)
+    with pytest.raises(UserError, match="differ in tokenizer"):
+        evaluate.evaluate(evaluate.Config(out=str(own), best_of=0, max_new_tokens=4))
+
+
+def test_prompts_of_kinds_that_the_village_does_not_know_are_not_graded(own, capsys):
+    records = [{"prompt": f"What is {i}?", "task": {"kind": "arithmetic"}} for i in range(9)]
+    path = write_jsonl(own / "mine.jsonl", *records)
+    cfg = evaluate.Config(out=str(own), prompts=str(path), best_of=0, max_new_tokens=4)
+    rows = evaluate.evaluate(cfg)
+    assert {row["gold"] for row in rows} == {None}

@@ -891,3 +891,15 @@ def test_resume_is_passed_down_the_chain(tmp_path, monkeypatch, stage, before, r
     assert cfg.out == out
     assert cfg.seed == 3
     assert cfg.device == "cpu"
+
+
+@pytest.mark.parametrize("path", ["small.jsonl", ".", "../run"])
+def test_a_log_is_never_written_over_what_the_run_reads(tmp_path, path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "small.jsonl").write_text("data")
+    cfg = SimpleNamespace(out=str(out), save_every=0, resume=False)
+    with pytest.raises(UserError, match="would write its log"):
+        Run(cfg, "small", [out / path])
+    unlock(out)
+    assert contents(out) == {"small.jsonl": b"data"}

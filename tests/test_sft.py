@@ -499,7 +499,7 @@ def test_select_reward_saves_the_epoch_with_the_best_score(tmp_path, init, monke
         calls.append((prompts, len(responses)))
         return [next(scores)] * len(responses)
 
-    monkeypatch.setattr(reward, "load_reward", lambda path, device: (None, ENC))
+    monkeypatch.setattr(reward, "load_reward", lambda path, device, enc: (None, ENC))
     monkeypatch.setattr(reward, "score_responses", score_responses)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "reward.pt").touch()
