@@ -1,4 +1,4 @@
-"""lab/break_it.py: bands, exits and the atlas. The runs themselves take minutes, so none is here."""
+"""lab/break_it.py: bands, exits and the atlas. The runs themselves take minutes; none is here."""
 import math
 import random
 
@@ -20,7 +20,7 @@ def log(seed, n=20, **changes):
     rows = []
     for t in range(n):
         row = {"update": t, "kl": t / 10 + rng.random() / 10, "score": 1 + rng.random() / 10}
-        row["objective/kl"] = 1.0   # so that lab/doctor.py knows the log
+        row["objective/scores"] = 1.0   # so that lab/doctor.py knows the log
         rows.append(row | {k: f(t, row[k]) for k, f in changes.items()})
     return rows
 
