@@ -523,6 +523,33 @@ def table_i_policies():
     return markdown(["", *[column.head for column in REAL_COLUMNS]], lines)
 
 
+def symptom(row):
+    """Say what the runs of a bug show first -> (metric, update or step, seeds that show it)."""
+    runs = row["runs"]
+    if all(run["crash"] for run in runs):
+        return "the run stops", "-", len(runs)
+    shown = [run for run in runs if run["first"]]
+    names = [run["first"] for run in shown]
+    name = max(names, key=names.count, default="nothing")
+    at = [run["at"] for run in shown if run["first"] == name]
+    return name, f"{statistics.median(at):g}" if at else "-", names.count(name)
+
+
+def table_j():
+    """Return the atlas of symptoms: what each bug of the zoo shows in a short run."""
+    lines = []
+    for row in read_rows("atlas.jsonl"):
+        if "bug" in row:
+            name, at, n = symptom(row)
+            seeds = f"{n} of {len(row['runs'])}"
+            others = [other for other in row["outside"] if other != name]
+            rest = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
+            lines.append([row["stage"], f"`{row['bug']}`", name, at, seeds, rest or "-"])
+    heads = ["stage", "bug", "first outside its band", "update or step", "seeds",
+             "then, in most seeds"]
+    return markdown(heads, lines)
+
+
 def table_commits():
     """Return which files were made where: one line for each commit and machine."""
     files = {}
@@ -558,6 +585,7 @@ def tables():
         "H, memory": table_h_memory(),
         "I, rewards": table_i_rewards(),
         "I, policies": table_i_policies(),
+        "J": table_j(),
         "commits": table_commits(),
     }
 
